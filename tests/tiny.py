@@ -7,7 +7,6 @@ operation which is left out or done twice shows in the logits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -203,7 +202,10 @@ def tiny_base(name: str, **overrides: Any) -> BaseModel:
 def tiny_inputs(name: str, batch: int = 2, tokens: int = 7, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs of the right kind: token ids with a mask, images or sounds; targets where there is a decoder."""
     generator = torch.Generator().manual_seed(seed)
-    ids: Callable[[], Tensor] = lambda: torch.randint(3, VOCAB, (batch, tokens), generator=generator)  # noqa: E731
+
+    def ids() -> Tensor:
+        return torch.randint(3, VOCAB, (batch, tokens), generator=generator)
+
     if name == "vit":
         return {"pixel_values": torch.randn(batch, 3, 12, 12, generator=generator)}
     if name == "whisper":
