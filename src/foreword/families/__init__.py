@@ -6,16 +6,18 @@ A model type that is not listed here is refused by name, so that no model ever r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
 from foreword.errors import UnsupportedModel
+from foreword.families.deberta import adapted_forward as _deberta_forward
 from foreword.prefix import Site
 
-__all__ = ["FAMILIES", "Family", "family_of", "find_sites"]
+__all__ = ["FAMILIES", "Family", "adapter_of", "family_of", "find_sites"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,14 @@ def family_of(config: PretrainedConfig) -> Family:
         f"one of {', '.join(sorted(_BY_MODEL_TYPE))}",
         "choose such a base model",
     )
+
+
+def adapter_of(family: Family) -> Callable[..., Callable[..., Any]] | None:
+    """What makes the forward of a family's attention modules prefixable, where the attention interface does not.
+
+    It is called with the module and the function that attends (`foreword.families.deberta.Attend`).
+    """
+    return _deberta_forward if family.own_adapter else None
 
 
 def find_sites(model: nn.Module, family: Family) -> Iterator[tuple[Site, nn.Module]]:
