@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from foreword.errors import UnsupportedModel
+from foreword.families.deberta import Attend, adapted_forward
 from foreword.families.deberta import adapted_forward as _deberta_forward
 from foreword.prefix import Site
 
@@ -113,6 +114,11 @@ def adapter_of(family: Family) -> Callable[..., Callable[..., Any]] | None:
     It is called with the module and the function that attends (`foreword.families.deberta.Attend`).
     """
     return _deberta_forward if family.own_adapter else None
+
+
+def adapter_of(family: Family) -> Callable[[nn.Module, Attend], Callable[..., Any]] | None:
+    """The adapted forward of a family's attention modules, None where the attention interface serves."""
+    return adapted_forward if family.own_adapter else None
 
 
 def find_sites(model: nn.Module, family: Family) -> Iterator[tuple[Site, nn.Module]]:

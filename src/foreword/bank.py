@@ -1,0 +1,221 @@
+"""The prefixes resident on a device, and how the rows of one forward pass read them.
+
+A `Call` is decided once per forward pass and read at every site: by all rows alike (`Shared`), by each row its
+own (`PerRow`), or by each token its own (`PerToken`, for packed rows). Index 0 is "no prefix" everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from foreword.errors import PrefixError
+from foreword.kernels import Slots
+from foreword.prefix import Geometry, Prefix, Site, Sites
+
+__all__ = ["NO_PREFIX", "Bank", "Call", "PerRow", "PerToken", "Shared"]
+
+
+class Call(Protocol):
+    """What one forward pass reads."""
+
+    def slots(self, site: Site, query: Tensor) -> Slots | None:
+        """The slots that `query` `[batch, heads, tokens, key_dim]` reads at a site, None for none."""
+        ...
+
+
+class Shared:
+    """All rows read the same sites; differentiable in them."""
+
+    def __init__(self, sites: Sites) -> None:
+        self.sites = sites
+
+    def slots(self, site: Site, query: Tensor) -> Slots | None:
+        tensors = self.sites.get(site)
+        if tensors is None or tensors.length == 0:
+            return None
+        bias = None if tensors.log_mass is None else tensors.log_mass[None, None, None, :]
+        return _like(query, tensors.keys[None], tensors.values[None], bias)
+
+
+NO_PREFIX = Shared({})
+
+
+class PerRow:
+    """Every row reads its own prefix: `rows` int `[batch]` are indices into the bank."""
+
+    def __init__(self, bank: Bank, rows: Tensor) -> None:
+        self.bank, self.rows = bank, rows
+
+    def slots(self, site: Site, query: Tensor) -> Slots | None:
+        stack = self.bank.stacks[site].to(query.device)
+        rows = self.rows.to(query.device)
+        width = int(stack.lengths[rows].max()) if rows.device.type == "cpu" else stack.width
+        if width == 0:
+            return None
+        keys, values = stack.keys[rows, :, :width], stack.values[rows, :, :width]
+        return _like(query, keys, values, stack.bias[rows, None, None, :width])
+
+
+class PerToken:
+    """Every token reads its own prefix: `owners` int `[batch, tokens]`, for rows that pack several texts."""
+
+    def __init__(self, bank: Bank, owners: Tensor) -> None:
+        self.bank, self.owners = bank, owners
+        self.present: list[int] = sorted(set(owners.flatten().tolist()) - {0})
+
+    def slots(self, site: Site, query: Tensor) -> Slots | None:
+        if self.owners.shape[1] != query.shape[2]:
+            raise PrefixError(
+                f"prefix_ids name the prefixes of {self.owners.shape[1]} tokens, {query.shape[2]} were given",
+                "prefix_ids of the shape of input_ids, or one per row",
+                "pack only in training or scoring; generate with one prefix per row",
+            )
+        entries = [(index, self.bank.entry(index).get(site)) for index in self.present]
+        read = [(index, tensors) for index, tensors in entries if tensors is not None and tensors.length]
+        if not read:
+            return None
+        owners = self.owners.to(query.device)
+        blocks = []
+        for index, tensors in read:
+            mass = tensors.keys.new_zeros(tensors.length) if tensors.log_mass is None else tensors.log_mass
+            mine = (owners == index)[:, None, :, None]
+            blocks.append(torch.where(mine, mass.to(query.device), -math.inf))
+        keys = torch.cat([tensors.keys for _, tensors in read], dim=1)[None]
+        values = torch.cat([tensors.values for _, tensors in read], dim=1)[None]
+        return _like(query, keys, values, torch.cat(blocks, dim=-1))
+
+
+def _like(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Slots:
+    """Slots on the query's device and in its dtype."""
+    bias = None if bias is None else bias.to(query.device, query.dtype)
+    return Slots(keys.to(query.device, query.dtype), values.to(query.device, query.dtype), bias)
+
+
+class _Stack:
+    """All resident prefixes of one site, padded to the longest: `[capacity, kv_heads, width, dim]`.
+
+    `bias` `[capacity, width]` is the log mass, -inf where a prefix has no slot.
+    """
+
+    def __init__(self, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.zeros(1, kv_heads, 0, key_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(1, kv_heads, 0, value_dim, dtype=dtype, device=device)
+        self.bias = torch.zeros(1, 0, device=device)
+        self.lengths = torch.zeros(1, dtype=torch.long, device=device)
+
+    @property
+    def width(self) -> int:
+        return self.keys.shape[2]
+
+    def to(self, device: torch.device) -> _Stack:
+        if self.keys.device != device:
+            for name in ("keys", "values", "bias", "lengths"):
+                setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def grow(self, capacity: int, width: int) -> None:
+        """Make room; what is there stays where it is."""
+        pad = torch.nn.functional.pad
+        rows, slots = capacity - self.keys.shape[0], width - self.width
+        if rows or slots:
+            self.keys = pad(self.keys, (0, 0, 0, slots, 0, 0, 0, rows))
+            self.values = pad(self.values, (0, 0, 0, slots, 0, 0, 0, rows))
+            self.bias = pad(self.bias, (0, slots, 0, rows), value=-math.inf)
+            self.lengths = pad(self.lengths, (0, rows))
+
+
+class Bank:
+    """Prefixes stacked per site on one device, added and removed without touching the others.
+
+    >>> from foreword.prefix import SiteShape, SiteTensors
+    >>> site = Site("decoder", 0)
+    >>> bank = Bank({site: SiteShape(1, 4, 4)})
+    >>> bank.add("polite", Prefix({site: SiteTensors(torch.ones(1, 3, 4), torch.ones(1, 3, 4))}, "tiny", ""))
+    1
+    >>> bank.index("polite"), bank.index(None), bank.entry(1)[site].length
+    (1, 0, 3)
+    """
+
+    def __init__(
+        self, geometry: Geometry, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.stacks = {site: _Stack(*shape, dtype, torch.device(device)) for site, shape in geometry.items()}
+        self.prefixes: dict[int, Prefix] = {}
+        self.names: dict[str, int] = {}
+        self._entries: dict[int, Sites] = {0: {}}
+        self._offsets = {0: 0}
+        self._free: list[int] = []
+        self._capacity = 1
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self.prefixes)
+
+    def add(self, name: str, prefix: Prefix) -> int:
+        """Make a prefix resident and return its index; a name that is taken is an error."""
+        if name in self.names:
+            raise PrefixError(
+                f"a prefix named {name!r} is already attached", "another name", "remove it first or rename"
+            )
+        index = self._free.pop() if self._free else len(self.prefixes) + 1
+        if index >= self._capacity:
+            self._capacity = max(2 * self._capacity, 2)
+        for site, stack in self.stacks.items():
+            tensors = prefix.sites.get(site)
+            length = 0 if tensors is None else tensors.length
+            stack.grow(self._capacity, max(stack.width, length))
+            stack.lengths[index] = length
+            if tensors is not None and length:
+                stack.keys[index, :, :length] = tensors.keys.to(stack.keys)
+                stack.values[index, :, :length] = tensors.values.to(stack.values)
+                stack.bias[index, :length] = 0.0 if tensors.log_mass is None else tensors.log_mass.to(stack.bias)
+        self.prefixes[index], self.names[name] = prefix, index
+        self._offsets[index] = prefix.position_offset
+        self._entries[index] = {site: t.map(lambda x: x.detach().to(self._dtype)) for site, t in prefix.sites.items()}
+        return index
+
+    def remove(self, name: str) -> None:
+        """Forget a prefix; its place is reused."""
+        index = self.names.pop(name)
+        for stack in self.stacks.values():
+            stack.lengths[index] = 0
+            stack.bias[index] = -math.inf
+        del self.prefixes[index], self._entries[index], self._offsets[index]
+        self._free.append(index)
+
+    def index(self, name: str | None) -> int:
+        """The index of a name, 0 for None."""
+        if name is None:
+            return 0
+        if name not in self.names:
+            known = ", ".join(map(repr, self.names)) or "none"
+            raise PrefixError(f"no prefix named {name!r} is attached", f"one of: {known}", "attach it first")
+        return self.names[name]
+
+    def entry(self, index: int) -> Sites:
+        """One prefix's tensors as they are read, unpadded, in the bank's dtype."""
+        return self._entries[index]
+
+    def call(self, prefix_ids: Tensor) -> Call:
+        """How rows (`[batch]`) or tokens (`[batch, tokens]`) with these indices read the bank."""
+        present = set(prefix_ids.flatten().tolist())
+        unknown = present - self._entries.keys()
+        if unknown:
+            raise PrefixError(
+                f"prefix_ids contain {min(unknown)}", f"0 (none) or one of {sorted(self.prefixes)}", "attach it first"
+            )
+        if len(present) == 1:
+            (index,) = present
+            return Shared(self.entry(index)) if index else NO_PREFIX
+        return PerRow(self, prefix_ids) if prefix_ids.dim() == 1 else PerToken(self, prefix_ids)
+
+    def offsets(self, prefix_ids: Tensor) -> Tensor | None:
+        """The position offsets of these indices, None if all are 0."""
+        if not any(self._offsets.values()):
+            return None
+        table = torch.tensor([self._offsets.get(i, 0) for i in range(max(self._offsets) + 1)])
+        return table.to(prefix_ids.device)[prefix_ids]
