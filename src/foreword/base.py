@@ -413,16 +413,19 @@ class _Streamer(BaseStreamer):
             self.prompt_seen = True
             return
         self.ids += value.flatten().tolist()
-        self._hand_over(held=max((len(text) for text in self.stop), default=1) - 1)
+        self._hand_over(last=False)
 
     def end(self) -> None:
-        self._hand_over(held=0)
+        self._hand_over(last=True)
 
-    def _hand_over(self, held: int) -> None:
+    def _hand_over(self, last: bool) -> None:
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not last:  # a character whose bytes are not all there yet
+            return
         whole = _cut(text, self.stop)
+        held = 0 if last else max((len(mark) for mark in self.stop), default=1) - 1
         ready = len(whole) if len(whole) < len(text) else len(text) - held
-        if ready > self.printed and (held == 0 or not text.endswith("\ufffd")):
+        if ready > self.printed:
             self.on_text(self.row, whole[self.printed : ready])
             self.printed = ready
 
