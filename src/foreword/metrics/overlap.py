@@ -1,0 +1,88 @@
+"""Metrics of single rows, averaged: ROUGE-L, exact match, and how much of the source is mentioned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from foreword.metrics.metric import Metric, Numbers, Targets
+from foreword.optional import optional
+
+__all__ = ["Coverage", "ExactMatch", "RougeL", "field_values"]
+
+
+class _Mean(Metric):
+    """The mean of one number per row, or of one number per item where rows have several, in percent."""
+
+    def score(self, sums: Numbers) -> float:
+        total, count = sums.tolist()
+        return 100.0 * float(total) / float(count) if count else 100.0
+
+
+class RougeL(_Mean):
+    """ROUGE-L F1 (Lin 2004) of the package rouge-score with Porter's stemmer, against each row's best reference."""
+
+    name = "rouge_l"
+    description = "ROUGE-L F1, stemmed, best reference of each row, averaged"
+
+    def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
+        module = optional("rouge_score.rouge_scorer", "eval")
+        scorer = module.RougeScorer(["rougeL"], use_stemmer=True)
+        return [
+            [scorer.score_multi(list(references), hypothesis)["rougeL"].fmeasure, 1.0]
+            for hypothesis, references in zip(hypotheses, targets, strict=True)
+        ]
+
+
+class ExactMatch(_Mean):
+    """The share of rows that equal one of their references, but for case and spaces.
+
+    >>> ExactMatch()(["Yes ", "no"], [["yes"], ["yes", "maybe"]])
+    50.0
+    """
+
+    name = "exact_match"
+    description = "rows equal to one of their references, but for case and spaces"
+
+    def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
+        return [
+            [float(_plain(hypothesis) in {_plain(reference) for reference in references}), 1.0]
+            for hypothesis, references in zip(hypotheses, targets, strict=True)
+        ]
+
+
+class Coverage(_Mean):
+    """The share of source field values that appear in the output, as whole words, but for case and spaces.
+
+    A source is a linearised prompt, "name : Aromi | eatType : pub". Values that are put into other words, such as
+    "yes" or "no", are not recognised: a lower bound. Without any value the score is 100.
+
+    >>> Coverage()(["Aromi serves food."], ["name : Aromi | eatType : pub"])
+    50.0
+    """
+
+    name = "coverage"
+    description = "source field values that are found in the output"
+    needs = "sources"
+
+    def row_statistics(self, hypotheses: Sequence[str], targets: Sequence[str]) -> list[list[float]]:
+        rows = []
+        for hypothesis, source in zip(hypotheses, targets, strict=True):
+            text, values = _plain(hypothesis), field_values(source)
+            found = sum(re.search(rf"(?<!\w){re.escape(_plain(value))}(?!\w)", text) is not None for value in values)
+            rows.append([float(found), float(len(values))])
+        return rows
+
+
+def field_values(source: str) -> list[str]:
+    """The values of a linearised source; fields without a value are left out.
+
+    >>> field_values("name : Aromi | opens : 9 : 30 | note : ")
+    ['Aromi', '9 : 30']
+    """
+    parts = (field.partition(" : ") for field in source.strip().split(" | "))
+    return [value.strip() for _, separator, value in parts if separator and value.strip()]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

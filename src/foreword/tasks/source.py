@@ -1,0 +1,89 @@
+"""Where the rows of a data set come from: a folder of parquet files, the hub, or the package itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from foreword.errors import DataError
+from foreword.optional import optional
+
+__all__ = ["FOLDER_VARIABLE", "HubSource", "Row", "dataset_rows", "packaged_rows", "parquet_rows"]
+
+FOLDER_VARIABLE = "FOREWORD_DATA"
+
+Row = dict[str, Any]
+
+
+class HubSource(NamedTuple):
+    """A data set on the Hugging Face hub: its splits by our names, its columns by theirs."""
+
+    repository: str
+    splits: Mapping[str, str]
+    columns: Mapping[str, str]
+    revision: str | None = None
+
+
+def dataset_rows(dataset: str, split: str, hub: HubSource) -> tuple[Iterator[Row], str]:
+    """The rows of `dataset` and the name of their source.
+
+    Read from `{FOREWORD_DATA}/{dataset}/{split}.parquet` where that variable is set, otherwise from the hub.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return _hub_rows(split, hub), f"{hub.repository} ({hub.splits[split]})"
+    name = f"{dataset}/{split}.parquet"
+    path = Path(folder) / dataset / f"{split}.parquet"
+    if not path.is_file():
+        raise DataError(
+            f"no file {name} in the folder of {FOLDER_VARIABLE}",
+            "a folder with one parquet file per split",
+            f"correct {FOLDER_VARIABLE} or unset it to read from the hub",
+        )
+    return parquet_rows(path, name), name
+
+
+def parquet_rows(path: Path, name: str) -> Iterator[Row]:
+    """The rows of a parquet file, read in batches; `name` stands for the file in messages."""
+    parquet = optional("pyarrow.parquet", "data")
+    arrow_error = optional("pyarrow", "data").ArrowException
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (arrow_error, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{name} cannot be read ({reason})", "a parquet file", "check the file") from None
+
+
+def packaged_rows(dataset: str, split: str) -> Iterator[Row]:
+    """The rows of a data set that is part of the package: `datasets/{dataset}/{split}.jsonl`."""
+    resource = files("foreword") / "datasets" / dataset / f"{split}.jsonl"
+    try:
+        text = resource.read_text(encoding="utf-8")
+    except OSError:
+        raise DataError(
+            f"the packaged file {dataset}/{split}.jsonl is missing", action="install foreword again"
+        ) from None
+    for line in text.splitlines():
+        if line.strip():
+            yield json.loads(line)
+
+
+def _hub_rows(split: str, hub: HubSource) -> Iterator[Row]:
+    datasets = optional("datasets", "data")
+    try:
+        table = datasets.load_dataset(hub.repository, split=hub.splits[split], revision=hub.revision)
+    except Exception as error:  # noqa: BLE001 - the hub's client raises errors of a dozen packages
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(
+            f"data set {hub.repository!r} could not be fetched from the hub ({reason})",
+            "a connection or a local copy",
+            f"set {FOLDER_VARIABLE} to a folder of parquet files",
+        ) from None
+    for row in table:
+        yield {ours: row.get(theirs) for theirs, ours in hub.columns.items()}

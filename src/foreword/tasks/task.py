@@ -1,0 +1,118 @@
+"""What a task is: examples, splits of them, and the protocol that training and evaluation read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from foreword.errors import ConfigError, DataError
+
+__all__ = ["SPLITS", "Example", "SkippedRow", "Split", "Task", "check_split", "collect"]
+
+SPLITS = ("train", "dev", "test")
+
+
+class Example(NamedTuple):
+    """One prompt with the completion to learn and all references to be scored against.
+
+    `row` is the row of the source that the example came from; what it counts is the task's to say.
+
+    >>> Example("e2e-train-0", "name : Aromi\\n", "Aromi is here.", ("Aromi is here.",), 0).completion
+    'Aromi is here.'
+    """
+
+    id: str
+    prompt: str
+    completion: str
+    references: tuple[str, ...]
+    row: int
+
+
+class SkippedRow(NamedTuple):
+    """A row that cannot be used, with the reason.
+
+    >>> SkippedRow(7, "column 'answer' is empty").row
+    7
+    """
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one split, the rows left out, and where they came from.
+
+    `sha256` is the hash of the examples themselves, so that it is the same wherever they were read from.
+
+    >>> split = Split("dev", [Example("a", "x\\n", "y", ("y",), 1)], source="example.jsonl")
+    >>> len(split.examples), split.sha256[:8]
+    (1, 'd53b2733')
+    """
+
+    name: str
+    examples: list[Example]
+    skipped: list[SkippedRow] = field(default_factory=list)
+    sha256: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.sha256:
+            object.__setattr__(self, "sha256", _digest(self.examples))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Anything that yields examples; `instruction` is the text that a prefix may be initialised from."""
+
+    name: str
+    instruction: str
+    metrics: tuple[str, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+    def split(self, name: str, limit: int | None = None, strict: bool = False) -> Split:
+        """The split `train`, `dev` or `test`: its first `limit` examples; `strict` refuses rows to be skipped."""
+
+
+def check_split(name: str, limit: int | None) -> None:
+    """Raise `ConfigError` unless the split exists and the limit can be kept."""
+    if name not in SPLITS:
+        raise ConfigError(f"split {name!r}", "one of " + ", ".join(SPLITS), "name one of them")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit {limit}", "at least 1 row", "raise the limit or leave it out")
+
+
+def collect(
+    rows: Iterable[Example | SkippedRow], limit: int | None, strict: bool, source: str
+) -> tuple[list[Example], list[SkippedRow]]:
+    """The first `limit` examples of a stream and the rows skipped before them; `strict` stops at a skipped row."""
+    skipped: list[SkippedRow] = []
+
+    def usable() -> Iterator[Example]:
+        for row in rows:
+            if isinstance(row, Example):
+                yield row
+            elif strict:
+                raise DataError(f"row {row.row} of {source}: {row.reason}")
+            else:
+                skipped.append(row)
+
+    return list(islice(usable(), limit)), skipped
+
+
+def _digest(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(list(example), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
