@@ -191,9 +191,7 @@ class BaseModel:
     @contextlib.contextmanager
     def rows(self, prefixes: Prefixes, batch: int) -> Iterator[Tensor]:
         """Inside, the prefixes are resident, and the yielded `prefix_ids` `[batch]` name each row's."""
-        each = [prefixes] * batch if prefixes is None or isinstance(prefixes, Prefix) else list(prefixes)
-        if len(each) != batch:
-            raise ConfigError(f"{len(each)} prefixes for {batch} rows", "one for each row, or a single one")
+        each = _each(prefixes, batch)
         bank = self.attachment.bank
         added: dict[int, int] = {0: 0}
         names: list[str] = []
@@ -324,9 +322,9 @@ class BaseModel:
         piece of text is handed over as soon as it is there: `on_text(row, piece)`.
         """
         self._check_generation(num_beams, max_new_tokens, on_text)
+        each = _each(prefixes, len(prompts))
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
         self._check_lengths(encoded, max_new_tokens)
-        each = _each(prefixes, len(encoded))
         config = self._generation_config(
             max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=do_sample,
             **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}),

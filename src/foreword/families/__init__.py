@@ -134,7 +134,7 @@ def find_sites(model: nn.Module, family: Family) -> Iterator[tuple[Site, nn.Modu
             if match and not (stack == "decoder" and family.kind == "decoder" and "encoder" in name):
                 found[Site(stack, int(match.group(1)))] = module
     if family.shared_layers:
-        config = model.config
+        config: Any = model.config
         groups, layers = config.num_hidden_groups, config.num_hidden_layers
         found = {Site("encoder", i): found[Site("encoder", int(i / (layers / groups)))] for i in range(layers)}
     return iter(sorted(found.items(), key=lambda item: (list(family.places).index(item[0].stack), item[0].layer)))
