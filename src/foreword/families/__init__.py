@@ -15,7 +15,6 @@ from transformers import PretrainedConfig
 
 from foreword.errors import UnsupportedModel
 from foreword.families.deberta import Attend, adapted_forward
-from foreword.families.deberta import adapted_forward as _deberta_forward
 from foreword.prefix import Site
 
 __all__ = ["FAMILIES", "Family", "adapter_of", "family_of", "find_sites"]
@@ -106,14 +105,6 @@ def family_of(config: PretrainedConfig) -> Family:
         f"one of {', '.join(sorted(_BY_MODEL_TYPE))}",
         "choose such a base model",
     )
-
-
-def adapter_of(family: Family) -> Callable[..., Callable[..., Any]] | None:
-    """What makes the forward of a family's attention modules prefixable, where the attention interface does not.
-
-    It is called with the module and the function that attends (`foreword.families.deberta.Attend`).
-    """
-    return _deberta_forward if family.own_adapter else None
 
 
 def adapter_of(family: Family) -> Callable[[nn.Module, Attend], Callable[..., Any]] | None:
