@@ -307,9 +307,7 @@ def _adapted(
     slots = attachment.resolve(None).slots(site, query)
     if slots is None:
         return None
-    return attend(
-        query, key, value, slots, scaling=scaling, mask=mask, position_bias=position_bias, dropout=dropout
-    )
+    return attend(query, key, value, slots, scaling=scaling, mask=mask, position_bias=position_bias, dropout=dropout)
 
 
 def smallest_inputs(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
@@ -383,7 +381,9 @@ def attach(
     >>> model = detach(model)
     """
     if attachment_of(model) is not None:
-        raise PrefixError("the model is attached already", "a model without prefixes", "call foreword.detach(model) first")
+        raise PrefixError(
+            "the model is attached already", "a model without prefixes", "call foreword.detach(model) first"
+        )
     if trainable and not isinstance(prefixes, Prefix):
         raise PrefixError("trainable=True without a single prefix", "one Prefix", "pass the prefix to train")
     named: dict[str, Prefix] = {"default": prefixes} if isinstance(prefixes, Prefix) else dict(prefixes or {})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils.logging import disable_progress_bar
 
 from foreword.attention import Attachment, attachment_of, check_prefix
 from foreword.errors import ConfigError, DataError, ModelNotFound, UnsupportedModel
@@ -79,6 +80,8 @@ class BaseModel:
         if dtype != "auto" and dtype not in _DTYPES:
             raise ConfigError(f"dtype {dtype!r}", f"auto, {', '.join(_DTYPES)}", "choose one of them")
         source = str(ensure_packaged(name, progress)) if name in packaged_models() else name
+        if progress is not None:  # the caller draws bars; those of transformers would be a second set
+            disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(source)
             family = family_of(config)
@@ -330,7 +333,9 @@ class BaseModel:
             **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}),
         )  # fmt: skip
         extra: dict[str, Any] = {"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}
-        order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row])) if on_text is None else range(len(encoded))
+        order = (
+            sorted(range(len(encoded)), key=lambda row: -len(encoded[row])) if on_text is None else range(len(encoded))
+        )
         size = batch_size if on_text is None else 1
         texts = [""] * len(encoded)
         devices = [self.device] if self.device.type == "cuda" else []

@@ -1,0 +1,72 @@
+"""The command line: parse, call, print. Each command is in the file of its name; nothing heavy is imported for help."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from foreword.cli import check, demo, evaluate, generate, models, prefixes, train
+from foreword.cli.console import note
+from foreword.errors import ForewordError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="foreword",
+    help="Train, evaluate and use prefixes: small key/value blocks in front of a frozen language model's attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("show")(prefixes.show)
+app.command("fold")(prefixes.fold)
+app.command("check")(check.check)
+app.command("models")(models.models)
+app.command("demo")(demo.demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import foreword
+
+        typer.echo(f"foreword {foreword.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Train, evaluate and use prefixes: small key/value blocks in front of a frozen language model's attention."""
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line, and the exit status is not 0.
+
+    1: an error with its reason; 2: wrong usage; 130: stopped by Ctrl-C.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        status = app(standalone_mode=False)
+    except ForewordError as error:
+        note(f"error: {error}")
+        status = 1
+    except (KeyboardInterrupt, typer.Abort):
+        note("stopped")
+        status = 130
+    except BrokenPipeError:  # the reader of a pipe went away: `foreword show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        if not hasattr(error, "show"):
+            raise
+        error.show()  # a usage error of typer
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)

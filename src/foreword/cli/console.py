@@ -1,0 +1,84 @@
+"""What all commands share: progress bars, tables, the machine's last line, and errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["bar", "emit", "note", "say", "stages", "table"]
+
+
+def say(text: str = "") -> None:
+    """A line for the person at the terminal; rich markup is not interpreted."""
+    print(text, flush=True)  # noqa: T201
+
+
+def note(text: str) -> None:
+    """A line beside the results, on standard error."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def emit(result: dict[str, Any], as_json: bool) -> None:
+    """The result as one JSON line, the last of standard output, where `--json` asks for it."""
+    if as_json:
+        say(json.dumps(result, ensure_ascii=False, default=str))
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on standard output; all columns but the first are set to the right when they hold numbers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    built = Table(title=title or None, title_justify="left", title_style="bold")
+    for column, name in enumerate(header):
+        numbers = column > 0 and all(isinstance(row[column], int | float) for row in rows)
+        built.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        built.add_row(*(Text(_cell(value)) for value in row))
+    Console().print(built)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+@contextlib.contextmanager
+def bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; the yielded function takes (done, total)."""
+    with stages() as advance:
+        yield lambda done, total: advance(description, done, total)
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on standard error, one for each stage named; the yielded function takes (stage, done, total)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        known: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            name = stage.split("|")[0].strip()
+            if name not in known:
+                known[name] = progress.add_task(stage, total=total)
+            progress.update(known[name], description=stage, completed=done, total=total)
+
+        yield advance

@@ -1,0 +1,110 @@
+"""`foreword evaluate`: scores of a prefix beside the untouched base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from foreword.cli.console import bar, emit, say, table
+from foreword.cli.options import (
+    Base, Completion, CompletionTemplate, Device, Dtype, Json, Limit, PromptColumn, References, Strict, Template,
+    TestFile, load_base, load_prefix, make_task,
+)  # fmt: skip
+from foreword.errors import ConfigError
+
+if TYPE_CHECKING:
+    from foreword.evaluate import Evaluation
+
+__all__ = ["evaluate", "print_scores", "print_side_by_side"]
+
+
+def evaluate(
+    prefix: Annotated[
+        Optional[Path], typer.Argument(help="A prefix or run folder; none: the base model alone.")
+    ] = None,
+    task: Annotated[
+        Optional[str], typer.Option("--task", "-t", help="e2e, trails. [default: the prefix's own]")
+    ] = None,
+    base: Base = None,
+    split: Annotated[str, typer.Option(help="dev or test.")] = "test",
+    limit: Limit = None,
+    with_base: Annotated[bool, typer.Option("--with-base", help="Also evaluate the untouched base model.")] = False,
+    beams: Annotated[int, typer.Option(min=1, help="Beams; the Prefix-Tuning paper uses 5.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 20,
+    show: Annotated[int, typer.Option(min=0, help="Print this many outputs.")] = 3,
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Write scores and all texts to this file.")] = None,
+    test: TestFile = None,
+    prompt_column: PromptColumn = None,
+    completion_column: Completion = None,
+    template: Template = None,
+    completion_template: CompletionTemplate = None,
+    references: References = None,
+    strict: Strict = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Generate for a split, greedily or with beams, and score against its references.
+
+    foreword evaluate runs/trails --with-base
+    """
+    from foreword.evaluate import evaluate as run
+
+    if prefix is None and base is None:
+        raise ConfigError("neither a prefix nor --base", "one of them", "see foreword evaluate --help")
+    loaded, trained = (
+        (load_base(base or "", dtype, device), None) if prefix is None else load_prefix(prefix, base, dtype, device)
+    )
+    own = None if trained is None else trained.metadata.get("task")
+    chosen = make_task(
+        task, own if own != "files" else None, test=test, prompt_column=prompt_column, template=template,
+        completion_column=completion_column, completion_template=completion_template, references=references,
+    )  # fmt: skip
+    results: list[Evaluation] = []
+    for each in [None, trained] if with_base and trained is not None else [trained]:
+        with bar("base model" if each is None else "with prefix") as progress:
+            results.append(
+                run(
+                    loaded,
+                    each,
+                    chosen,
+                    split,
+                    limit=limit,
+                    strict=strict,
+                    batch_size=batch_size,
+                    num_beams=beams,
+                    progress=progress,
+                )  # fmt: skip
+            )
+    print_side_by_side(results, show)
+    print_scores(results)
+    if out is not None:
+        results[-1].save(out)
+        say(f"all texts: {out}")
+    emit({"results": [result.to_dict(outputs=False) for result in results]}, as_json)
+
+
+def print_scores(results: list[Evaluation]) -> None:
+    """A table of scores with their intervals, one row for each evaluation."""
+    first = results[0]
+    header = ["", *first.scores, "nats_per_token", "seconds"]
+    rows = [
+        [result.prefix and f"prefix {result.prefix}" or "base model", *map(str, result.scores.values()),
+         round(result.nats_per_token, 3), round(result.seconds, 1)]
+        for result in results
+    ]  # fmt: skip
+    skipped = f", {first.skipped_rows} skipped" if first.skipped_rows else ""
+    table(f"{first.task} {first.split}, {len(first.outputs)} rows{skipped}, {first.base}", header, rows)
+    say("scores with 95 % bootstrap intervals over rows")
+
+
+def print_side_by_side(results: list[Evaluation], rows: int) -> None:
+    """The first outputs of every evaluation under their prompts."""
+    for k, output in enumerate(results[0].outputs[:rows]):
+        say(f"prompt     {output.prompt.strip()}")
+        for result in results:
+            say(f"{'base model' if result.prefix is None else 'prefix':10} {result.outputs[k].text or '(nothing)'}")
+        say(f"reference  {output.references[0]}")
+        say()
