@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_base, tiny_model, tiny_tokenizer
 
 from foreword.attention import attach, attachment_of, detach, prefix_ids
 from foreword.bank import Bank
@@ -12,6 +11,7 @@ from foreword.base import BaseModel
 from foreword.errors import ConfigError, DataError, ModelNotFound, PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.fingerprint import fingerprint
 from foreword.prefix import Prefix, SiteTensors
+from tiny import tiny_base, tiny_model, tiny_tokenizer
 
 PROMPTS = ["The foreword", "A prefix is a short", "name :"]
 

@@ -26,7 +26,7 @@ from foreword.families import Family, adapter_of, family_of, find_sites
 from foreword.fingerprint import fingerprint
 from foreword.kernels import attend
 from foreword.parametrization import PrefixModule, parametrize
-from foreword.prefix import Geometry, Prefix, Site, SiteShape, Sites
+from foreword.prefix import Geometry, Prefix, Site, Sites, SiteShape
 
 __all__ = ["Attachment", "attach", "attachment_of", "detach", "prefix_ids"]
 

@@ -181,9 +181,9 @@ class BaseModel:
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prefixes: Prefixes = None, **inputs: Any
     ) -> Tensor:
-        """What the model's head says, `[batch, tokens, vocab]` for language models; one prefix for all rows or one each.
+        """What the model's head says, `[batch, tokens, vocab]` for language models.
 
-        A model without a head gives its last hidden state.
+        One prefix for all rows, or one each. A model without a head gives its last hidden state.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         given = {name: value for name, value in given.items() if value is not None}

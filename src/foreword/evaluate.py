@@ -118,9 +118,9 @@ def evaluate(
 
 
 def score_outputs(metrics: Sequence[str], texts: Sequence[str], examples: Sequence[Example]) -> dict[str, Interval]:
-    """Each metric of the texts against their examples, with its interval.
+    r"""Each metric of the texts against their examples, with its interval.
 
-    >>> score_outputs(["exact_match"], ["yes"], [Example("1", "true?\\n", "yes", ("yes",), 1)])
+    >>> score_outputs(["exact_match"], ["yes"], [Example("1", "true?\n", "yes", ("yes",), 1)])
     {'exact_match': Interval(value=100.0, low=100.0, high=100.0)}
     """
     scores = {}

@@ -36,5 +36,5 @@ def _hash(backbone: nn.Module) -> str:
         flat = weight.detach().reshape(-1)
         for start in range(0, flat.numel(), _CHUNK):
             part = flat[start : start + _CHUNK].to("cpu", torch.bfloat16).contiguous()
-            digest.update(part.view(torch.uint8).numpy())
+            digest.update(part.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -76,7 +76,7 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         known: dict[str, Any] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
-            name = stage.split("|")[0].strip()
+            name = stage.split("|", maxsplit=1)[0].strip()
             if name not in known:
                 known[name] = progress.add_task(stage, total=total)
             progress.update(known[name], description=stage, completed=done, total=total)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foreword.cli.console import bar, emit, say, table
 from foreword.cli.options import (
-    Base, Completion, CompletionTemplate, Device, Dtype, Json, Limit, PromptColumn, References, Strict, Template,
-    TestFile, load_base, load_prefix, make_task,
+    Base,
+    Completion,
+    CompletionTemplate,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    PromptColumn,
+    References,
+    Strict,
+    Template,
+    TestFile,
+    load_base,
+    load_prefix,
+    make_task,
 )  # fmt: skip
 from foreword.errors import ConfigError
 
@@ -21,12 +34,8 @@ __all__ = ["evaluate", "print_scores", "print_side_by_side"]
 
 
 def evaluate(
-    prefix: Annotated[
-        Optional[Path], typer.Argument(help="A prefix or run folder; none: the base model alone.")
-    ] = None,
-    task: Annotated[
-        Optional[str], typer.Option("--task", "-t", help="e2e, trails. [default: the prefix's own]")
-    ] = None,
+    prefix: Annotated[Path | None, typer.Argument(help="A prefix or run folder; none: the base model alone.")] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="e2e, trails. [default: the prefix's own]")] = None,
     base: Base = None,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
     limit: Limit = None,
@@ -34,7 +43,7 @@ def evaluate(
     beams: Annotated[int, typer.Option(min=1, help="Beams; the Prefix-Tuning paper uses 5.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 20,
     show: Annotated[int, typer.Option(min=0, help="Print this many outputs.")] = 3,
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Write scores and all texts to this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write scores and all texts to this file.")] = None,
     test: TestFile = None,
     prompt_column: PromptColumn = None,
     completion_column: Completion = None,
@@ -76,7 +85,7 @@ def evaluate(
                     batch_size=batch_size,
                     num_beams=beams,
                     progress=progress,
-                )  # fmt: skip
+                )
             )
     print_side_by_side(results, show)
     print_scores(results)
@@ -91,7 +100,7 @@ def print_scores(results: list[Evaluation]) -> None:
     first = results[0]
     header = ["", *first.scores, "nats_per_token", "seconds"]
     rows = [
-        [result.prefix and f"prefix {result.prefix}" or "base model", *map(str, result.scores.values()),
+        [(result.prefix and f"prefix {result.prefix}") or "base model", *map(str, result.scores.values()),
          round(result.nats_per_token, 3), round(result.seconds, 1)]
         for result in results
     ]  # fmt: skip

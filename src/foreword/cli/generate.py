@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,8 +16,8 @@ __all__ = ["generate"]
 
 
 def generate(
-    prompts: Annotated[Optional[list[str]], typer.Argument(help="Prompts; - or none reads one per line.")] = None,
-    prefix: Annotated[Optional[Path], typer.Option("--prefix", "-p", help="A prefix or run folder.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none reads one per line.")] = None,
+    prefix: Annotated[Path | None, typer.Option("--prefix", "-p", help="A prefix or run folder.")] = None,
     base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 80,
     beams: Annotated[int, typer.Option(min=1, help="Beams; the Prefix-Tuning paper uses 5.")] = 1,
@@ -27,14 +27,14 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="With --sample; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
     stop: Annotated[
-        Optional[list[str]], typer.Option(help="End before this text; repeatable. [default: a new line]")
+        list[str] | None, typer.Option(help="End before this text; repeatable. [default: a new line]")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Continue each prompt; one is streamed, more are batched. A prompt gets the line end that prefixes are trained with.
+    """Continue each prompt; one is streamed, more are batched. Each gets the line end that tasks end prompts with.
 
     foreword generate --prefix runs/trails "name : Heron Loop | length : 14 km"
     """

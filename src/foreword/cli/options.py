@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -24,22 +24,22 @@ __all__ = [
 ]  # fmt: skip
 
 Base = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--base", "-b", help="Base model: smollm2-135m, minilm, a folder or a Hugging Face model id."),
 ]
 Device = Annotated[
-    Optional[str], typer.Option(help="Where to run: cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... [default: cuda if there is one]")
 ]
 Dtype = Annotated[str, typer.Option(help="Precision of the base model: auto (as stored), float32, bfloat16, float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line, the last one.")]
-Limit = Annotated[Optional[int], typer.Option(min=1, help="Use the first rows of the split only.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first rows of the split only.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used, not skip it.")]
-TestFile = Annotated[Optional[Path], typer.Option("--test", help="Your test rows: JSONL, CSV, TSV or parquet.")]
-PromptColumn = Annotated[Optional[str], typer.Option(help="The column with the prompt, in your own files.")]
-Completion = Annotated[Optional[str], typer.Option("--completion-column", help="The column with the completion.")]
-Template = Annotated[Optional[str], typer.Option(help='The prompt made of columns: "Question: {question}".')]
-CompletionTemplate = Annotated[Optional[str], typer.Option(help="The completion made of columns.")]
-References = Annotated[Optional[list[str]], typer.Option(help="A column with references to score against; repeatable.")]
+TestFile = Annotated[Path | None, typer.Option("--test", help="Your test rows: JSONL, CSV, TSV or parquet.")]
+PromptColumn = Annotated[str | None, typer.Option(help="The column with the prompt, in your own files.")]
+Completion = Annotated[str | None, typer.Option("--completion-column", help="The column with the completion.")]
+Template = Annotated[str | None, typer.Option(help='The prompt made of columns: "Question: {question}".')]
+CompletionTemplate = Annotated[str | None, typer.Option(help="The completion made of columns.")]
+References = Annotated[list[str] | None, typer.Option(help="A column with references to score against; repeatable.")]
 
 
 def make_task(name: str | None, default: str | None = None, **files: Any) -> Task:
@@ -108,5 +108,5 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     option = typer.Option(
         declaration, help=field.metadata["help"] + shown, show_default=False, rich_help_panel="Configuration"
     )
-    annotation = Annotated[Optional[kind], option]
+    annotation = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from foreword.cli.console import emit, note, say, stages
 from foreword.cli.options import (
-    Base, Completion, CompletionTemplate, Device, Json, PromptColumn, References, Template, TestFile, config_flags,
-    load_base, make_task,
+    Base,
+    Completion,
+    CompletionTemplate,
+    Device,
+    Json,
+    PromptColumn,
+    References,
+    Template,
+    TestFile,
+    config_flags,
+    load_base,
+    make_task,
 )  # fmt: skip
 
 __all__ = ["train"]
@@ -18,17 +28,13 @@ __all__ = ["train"]
 
 @config_flags
 def train(
-    task: Annotated[Optional[str], typer.Argument(help="e2e or trails; none with your own files.")] = None,
+    task: Annotated[str | None, typer.Argument(help="e2e or trails; none with your own files.")] = None,
     base: Base = "smollm2-135m",
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="The run folder. [default: runs/TASK]")] = None,
-    config: Annotated[Optional[Path], typer.Option("--config", "-c", help="A TOML file with any of the flags.")] = None,
-    start: Annotated[Optional[Path], typer.Option("--from", help="Start from this prefix or run folder.")] = None,
-    train_file: Annotated[
-        Optional[Path], typer.Option("--train", help="Your rows: JSONL, CSV, TSV or parquet.")
-    ] = None,
-    dev_file: Annotated[
-        Optional[Path], typer.Option("--dev", help="Your dev rows. [default: a tenth of --train]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder. [default: runs/TASK]")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any of the flags.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Start from this prefix or run folder.")] = None,
+    train_file: Annotated[Path | None, typer.Option("--train", help="Your rows: JSONL, CSV, TSV or parquet.")] = None,
+    dev_file: Annotated[Path | None, typer.Option("--dev", help="Your dev rows. [default: a tenth of --train]")] = None,
     test: TestFile = None,
     prompt_column: PromptColumn = None,
     completion_column: Completion = None,
@@ -37,7 +43,7 @@ def train(
     references: References = None,
     device: Device = None,
     as_json: Json = False,
-    settings: Optional[dict[str, Any]] = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Train a prefix for a task or for your own rows; the same command resumes a run that was stopped.
 
