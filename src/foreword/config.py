@@ -1,0 +1,206 @@
+"""The options of a training run: their defaults, their ranges, and TOML files of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foreword.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["TrainConfig"]
+
+
+def _option(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float | None = None,
+    neutral: bool = False,
+) -> Any:
+    """A field: `low <= value <= high`, `value > above`; `neutral` options leave the trained prefix as it is."""
+    metadata = {"help": text, "choices": choices, "low": low, "high": high, "above": above, "neutral": neutral}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a prefix is born and trained. 0 stands for "no limit" where an option says so.
+
+    The defaults suit a prefix that starts from an instruction text and is trained directly. Every field carries
+    its explanation in `metadata["help"]`; the flags of `foreword train` are made from them. Raises `ConfigError`
+    for a value outside its range.
+
+    >>> TrainConfig(epochs=5).epochs, TrainConfig.from_dict({"length": 6}).length
+    (5, 6)
+    >>> TrainConfig(schedule="cubic")
+    Traceback (most recent call last):
+    foreword.errors.ConfigError: schedule = 'cubic'; expected linear, cosine or constant; correct schedule
+    """
+
+    length: int = _option(10, "Slots of a new prefix, per layer.", low=1)
+    init: str = _option(
+        "text",
+        "How a new prefix is born: keys and values of a text, of words, of random tokens of the vocabulary, or "
+        "random numbers on the model's own scale.",
+        choices=("text", "words", "vocab", "random"),
+    )
+    text: str = _option("", "The text or words of a new prefix. Empty: the task's instruction.")
+    parametrization: str = _option(
+        "direct", "Train the keys and values themselves, or an MLP that makes them.", choices=("direct", "mlp")
+    )
+    hidden_size: int = _option(512, "Width of the MLP's hidden layer.", low=1)
+    freeze_first_slot: bool = _option(False, "Keep the first slot, the attention sink, as it was born.")
+    epochs: int = _option(10, "Passes over the training rows.", low=1)
+    max_steps: int = _option(0, "Optimizer steps, whatever epochs says. 0: as many as the epochs have.", low=0)
+    batch_size: int = _option(10, "Rows per optimizer step, over all processes.", low=1)
+    micro_batch_size: int = _option(
+        0, "Rows per forward pass and process; less saves memory and changes no result. 0: the whole batch.", low=0
+    )
+    learning_rate: float = _option(5e-3, "Peak learning rate of AdamW.", above=0.0)
+    beta1: float = _option(0.9, "AdamW's decay of the gradient's mean.", low=0.0, high=0.9999)
+    beta2: float = _option(0.999, "AdamW's decay of the squared gradient's mean.", low=0.0, high=0.999999)
+    weight_decay: float = _option(0.0, "AdamW's weight decay.", low=0.0)
+    warmup_ratio: float = _option(0.05, "Share of the steps in which the learning rate rises from 0.", low=0.0, high=1.0)
+    schedule: str = _option(
+        "linear",
+        "How the learning rate falls after the warm-up: to 0 in a line or a cosine, or not at all.",
+        choices=("linear", "cosine", "constant"),
+    )
+    clip: float = _option(1.0, "Largest norm of the gradient. 0: no limit.", low=0.0)
+    patience: int = _option(
+        3, "Stop after so many measurements of the dev loss in a row without a new best. 0: never.", low=0
+    )
+    eval_every: int = _option(0, "Steps from one measurement of the dev loss to the next. 0: after every epoch.", low=0)
+    train_limit: int = _option(0, "Train on the first rows only. 0: all.", low=0)
+    dev_limit: int = _option(100, "Measure the dev loss on the first rows only. 0: all.", low=0)
+    strict: bool = _option(False, "Stop at the first row that cannot be used, not skip it.")
+    seed: int = _option(0, "Seed of the initialisation and of the order of the rows.", low=0, high=2**63 - 1)
+    precision: str = _option(
+        "auto",
+        "Precision of the base model; the prefix is always float32. auto: as stored.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    gradient_checkpointing: bool = _option(False, "Save memory: compute the activations of each layer twice.")
+    shard: bool = _option(False, "Save memory: split the base model's weights over the processes (FSDP2).")
+    keep_training_state: bool = _option(False, "Keep the MLP in the trained prefix, so that it can be trained further.")
+    checkpoint_seconds: float = _option(
+        60.0, "A killed run loses at most this much work. 0: save after every step.", low=0.0, neutral=True
+    )
+    tracker: str = _option(
+        "",
+        "Also log to a tracker of accelerate. Empty: only to the run folder.",
+        choices=("", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "trackio", "swanlab"),
+        neutral=True,
+    )
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = _converted(option, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
+            _check_range(option, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The defaults with some values replaced; an unknown name is a `ConfigError` that names the closest."""
+        known = [option.name for option in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                expected = f"{close[0]!r}" if close else f"one of {', '.join(known)}"
+                raise ConfigError(f"unknown option {name!r}", expected, "correct its spelling")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+        """Read a flat TOML file; `overrides` win over it. Raises `ConfigError`."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read configuration {path} ({error.strerror})", "a TOML file", "check the path"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is no TOML ({error})", 'lines such as epochs = 5', "correct it") from None
+        try:
+            return cls.from_dict({**values, **(overrides or {})})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error.got}", error.expected, error.action) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """All options with their explanations; `from_toml` reads it back.
+
+        >>> print(TrainConfig().to_toml().splitlines()[1])
+        length = 10
+        """
+        lines: list[str] = []
+        for option in dataclasses.fields(self):
+            lines += [f"# {option.metadata['help']}", f"{option.name} = {_toml(getattr(self, option.name))}"]
+        return "\n".join(lines) + "\n"
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide what the trained prefix is."""
+        return {o.name: getattr(self, o.name) for o in dataclasses.fields(self) if not o.metadata["neutral"]}
+
+
+def _converted(option: dataclasses.Field[Any], value: Any) -> Any:
+    """The value in the field's type: a whole number may stand for a float, nothing else for anything else."""
+    wanted = type(option.default)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise ConfigError(f"{option.name} = {value!r}", words[wanted], f"correct {option.name}")
+    return value
+
+
+def _check_range(option: dataclasses.Field[Any], value: Any) -> None:
+    rules, name = option.metadata, option.name
+    if isinstance(value, str):
+        if rules["choices"] and value not in rules["choices"]:
+            *rest, last = (choice or "''" for choice in rules["choices"])
+            raise ConfigError(f"{name} = {value!r}", f"{', '.join(rest)} or {last}", f"correct {name}")
+        return
+    if not math.isfinite(value):
+        expected = "a finite number"
+    elif rules["above"] is not None and not value > rules["above"]:
+        expected = f"more than {rules['above']:g}"
+    elif value < rules["low"]:
+        expected = f"at least {rules['low']:g}"
+    elif value > rules["high"]:
+        expected = f"at most {rules['high']:g}"
+    else:
+        return
+    raise ConfigError(f"{name} = {value}", expected, f"correct {name}")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(_escape(character) for character in value)
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def _escape(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return f"\\u{ord(character):04x}" if ord(character) < 32 or ord(character) == 127 else character
