@@ -137,9 +137,7 @@ class _ShortAttention(torch.autograd.Function):
     """softmax(q kᵀ · scaling + bias) v, keeping the weights for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
         batch, heads, tokens, dim = query.shape
         kv_heads, width = keys.shape[1], keys.shape[2]
         groups = heads // kv_heads

@@ -42,9 +42,7 @@ with enough space; free some space or choose another place
     except OSError as error:
         reason = error.strerror or type(error).__name__
         action = _ACTIONS.get(error.errno or 0, "choose another place")
-        raise StorageError(
-            f"cannot write {path} ({reason})", "a writable place with enough space", action
-        ) from error
+        raise StorageError(f"cannot write {path} ({reason})", "a writable place with enough space", action) from error
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
