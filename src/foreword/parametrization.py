@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,8 @@ class _MLP(nn.Module):
         # In full precision also where the model runs in bfloat16, so that folding changes nothing.
         with torch.autocast(self.embedding.device.type, enabled=False):
             hidden = torch.tanh(nn.functional.linear(self.embedding, self.into_weight, self.into_bias))
-            return cast(Tensor, nn.functional.linear(hidden, self.out_weight, self.out_bias))
+            made = nn.functional.linear(hidden, self.out_weight, self.out_bias)
+        return made
 
 
 def _fitted(target: Tensor, shape: SiteShape, hidden: int, generator: torch.Generator) -> _MLP:
@@ -231,7 +232,7 @@ def _unflatten(
     parts = iter(torch.split(flat, widths, dim=1))
     made: Sites = {}
     for site, shape, mass in zip(sites, shapes, masses, strict=True):
-        keys, values = (next(parts).unflatten(1, (shape.kv_heads, -1)).transpose(0, 1) for _ in range(2))
+        keys, values = (next(parts).reshape(len(flat), shape.kv_heads, -1).transpose(0, 1) for _ in range(2))
         made[site] = SiteTensors(keys, values, mass)
     return made
 
