@@ -35,7 +35,7 @@ __all__ = ["evaluate", "print_scores", "print_side_by_side"]
 
 def evaluate(
     prefix: Annotated[Path | None, typer.Argument(help="A prefix or run folder; none: the base model alone.")] = None,
-    task: Annotated[str | None, typer.Option("--task", "-t", help="e2e, trails. [default: the prefix's own]")] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="e2e, trails. (default: the prefix's own)")] = None,
     base: Base = None,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
     limit: Limit = None,

@@ -27,7 +27,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="With --sample; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeatable. [default: a new line]")
+        list[str] | None, typer.Option(help="End before this text; repeatable. (default: a new line)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
     dtype: Dtype = "auto",
@@ -44,7 +44,7 @@ def generate(
     loaded, trained = (
         (load_base(base or "", dtype, device), None) if prefix is None else load_prefix(prefix, base, dtype, device)
     )
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample, "temperature": temperature,
         "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or ["\n"], "batch_size": batch_size,
     }  # fmt: skip

@@ -28,7 +28,7 @@ Base = Annotated[
     typer.Option("--base", "-b", help="Base model: smollm2-135m, minilm, a folder or a Hugging Face model id."),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... (default: cuda if there is one)")
 ]
 Dtype = Annotated[str, typer.Option(help="Precision of the base model: auto (as stored), float32, bfloat16, float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line, the last one.")]
@@ -90,11 +90,11 @@ def config_flags(command: Callable[..., None]) -> Callable[..., None]:
         settings = {name: values.pop(name) for name in flags}
         command(settings={name: value for name, value in settings.items() if value is not None}, **values)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + list(flags.values())
     own_hints = get_type_hints(command, include_extras=True)
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[p.name]) for p in own]
+    parameters += flags.values()
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: own_hints[p.name] for p in own}
-    wrapped.__annotations__ |= {name: flag.annotation for name, flag in flags.items()}
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     wrapped.__doc__ = command.__doc__
     return wrapped
 
@@ -102,7 +102,7 @@ def config_flags(command: Callable[..., None]) -> Callable[..., None]:
 def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     kind = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
     default = field.default
-    shown = f" [default: {default}]" if default not in (None, dataclasses.MISSING, "") else ""
+    shown = f" (default: {default})" if default not in (None, dataclasses.MISSING, "") else ""
     name = "--" + field.name.replace("_", "-")
     declaration = f"{name}/--no-{name[2:]}" if kind is bool else name
     option = typer.Option(

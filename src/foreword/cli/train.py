@@ -30,11 +30,11 @@ __all__ = ["train"]
 def train(
     task: Annotated[str | None, typer.Argument(help="e2e or trails; none with your own files.")] = None,
     base: Base = "smollm2-135m",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder. [default: runs/TASK]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder. (default: runs/TASK)")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any of the flags.")] = None,
     start: Annotated[Path | None, typer.Option("--from", help="Start from this prefix or run folder.")] = None,
     train_file: Annotated[Path | None, typer.Option("--train", help="Your rows: JSONL, CSV, TSV or parquet.")] = None,
-    dev_file: Annotated[Path | None, typer.Option("--dev", help="Your dev rows. [default: a tenth of --train]")] = None,
+    dev_file: Annotated[Path | None, typer.Option("--dev", help="Your dev rows. (default: a tenth of --train)")] = None,
     test: TestFile = None,
     prompt_column: PromptColumn = None,
     completion_column: Completion = None,
