@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 from foreword.errors import ConfigError
 from foreword.tasks.e2e import E2E
+from foreword.tasks.files import FileTask
 from foreword.tasks.task import Example, SkippedRow, Split, Task
+from foreword.tasks.trails import Trails
 
-__all__ = ["E2E", "Example", "SkippedRow", "Split", "Task", "get_task", "list_tasks"]
+__all__ = ["E2E", "Example", "FileTask", "SkippedRow", "Split", "Task", "Trails", "get_task", "list_tasks"]
 
-_TASKS: dict[str, Callable[..., Task]] = {"e2e": E2E}
+_TASKS: dict[str, Callable[..., Task]] = {"e2e": E2E, "files": FileTask, "trails": Trails}
 
 
 def list_tasks() -> list[str]:
@@ -30,8 +33,13 @@ def get_task(name: str, **options: Any) -> Task:
     ('bleu', 'chrf++')
     """
     if name not in _TASKS:
-        raise ConfigError(f"task {name!r}", "one of " + ", ".join(list_tasks()), "name one of them")
-    try:
-        return _TASKS[name](**options)
-    except TypeError:
-        raise ConfigError(f"task {name!r} with options {sorted(options)}", "options that it has") from None
+        raise ConfigError(f"task {name!r}", _one_of(list_tasks()), "name one of them")
+    known = signature(_TASKS[name]).parameters
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"option {option!r} of task {name!r}", _one_of(known), "leave it out")
+    return _TASKS[name](**options)
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(names) if names else "none"

@@ -35,7 +35,7 @@ class E2E:
     """The E2E data set as published: 42,061 training rows; 547 and 630 meanings with all references.
 
     A training example is one row. A dev or test example is one meaning, in order of first appearance, with all
-    its references; its completion is the first. Rows are counted from 0, as in the published files.
+    its references; its completion is the first and its row that of the first.
     """
 
     name = "e2e"
@@ -54,7 +54,7 @@ class E2E:
 
 
 def _examples(rows: Iterable[Row], split: str) -> Iterator[Example | SkippedRow]:
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         meaning, reference = row.get("mr"), row.get("ref")
         prompt = linearise(meaning) if isinstance(meaning, str) else ""
         if not prompt:
@@ -73,6 +73,6 @@ def _grouped(examples: Iterable[Example | SkippedRow], split: str) -> Iterator[E
             yield example
         else:
             groups.setdefault(example.prompt, []).append(example)
-    for number, group in enumerate(groups.values()):
+    for number, group in enumerate(groups.values(), start=1):
         references = tuple(example.completion for example in group)
         yield group[0]._replace(id=f"e2e-{split}-{number}", references=references)

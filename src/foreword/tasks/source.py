@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from foreword.errors import DataError
 from foreword.optional import optional
 
-__all__ = ["FOLDER_VARIABLE", "HubSource", "Row", "dataset_rows", "packaged_rows", "parquet_rows"]
+__all__ = ["FOLDER_VARIABLE", "HubSource", "Row", "dataset_rows", "packaged_rows", "parquet_columns", "parquet_rows"]
 
 FOLDER_VARIABLE = "FOREWORD_DATA"
 
@@ -47,14 +48,27 @@ def dataset_rows(dataset: str, split: str, hub: HubSource) -> tuple[Iterator[Row
     return parquet_rows(path, name), name
 
 
-def parquet_rows(path: Path, name: str) -> Iterator[Row]:
-    """The rows of a parquet file, read in batches; `name` stands for the file in messages."""
+def parquet_rows(path: Path, name: str, columns: Collection[str] | None = None) -> Iterator[Row]:
+    """The rows of a parquet file, read in batches, with all or the given columns; messages call the file `name`."""
+    with _parquet_file(path, name) as file:
+        wanted = None if columns is None else [column for column in file.schema_arrow.names if column in columns]
+        for batch in file.iter_batches(batch_size=4096, columns=wanted):
+            yield from batch.to_pylist()
+
+
+def parquet_columns(path: Path, name: str) -> list[str]:
+    """The columns of a parquet file; messages call the file `name`."""
+    with _parquet_file(path, name) as file:
+        return list(file.schema_arrow.names)
+
+
+@contextmanager
+def _parquet_file(path: Path, name: str) -> Iterator[Any]:
     parquet = optional("pyarrow.parquet", "data")
     arrow_error = optional("pyarrow", "data").ArrowException
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
+            yield file
     except (arrow_error, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{name} cannot be read ({reason})", "a parquet file", "check the file") from None
@@ -69,8 +83,8 @@ def packaged_rows(dataset: str, split: str) -> Iterator[Row]:
         raise DataError(
             f"the packaged file {dataset}/{split}.jsonl is missing", action="install foreword again"
         ) from None
-    for line in text.splitlines():
-        if line.strip():
+    for line in text.split("\n"):
+        if line:
             yield json.loads(line)
 
 
@@ -78,7 +92,7 @@ def _hub_rows(split: str, hub: HubSource) -> Iterator[Row]:
     datasets = optional("datasets", "data")
     try:
         table = datasets.load_dataset(hub.repository, split=hub.splits[split], revision=hub.revision)
-    except Exception as error:  # noqa: BLE001 - the hub's client raises errors of a dozen packages
+    except Exception as error:  # the hub's client raises errors of a dozen packages
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
             f"data set {hub.repository!r} could not be fetched from the hub ({reason})",

@@ -19,9 +19,9 @@ SPLITS = ("train", "dev", "test")
 class Example(NamedTuple):
     """One prompt with the completion to learn and all references to be scored against.
 
-    `row` is the row of the source that the example came from; what it counts is the task's to say.
+    `row` is the row of the source that the example came from, counted from 1.
 
-    >>> Example("e2e-train-0", "name : Aromi\\n", "Aromi is here.", ("Aromi is here.",), 0).completion
+    >>> Example("e2e-train-1", "name : Aromi\\n", "Aromi is here.", ("Aromi is here.",), 1).completion
     'Aromi is here.'
     """
 
