@@ -32,7 +32,9 @@ class Attend(Protocol):
         mask: Tensor,
         position_bias: Tensor | None,
         dropout: float = 0.0,
-    ) -> Tensor | None: ...
+    ) -> Tensor | None:
+        """The attention's output, or None."""
+        ...
 
 
 def adapted_forward(module: Any, attend: Attend) -> Callable[..., tuple[Tensor, Tensor | None]]:
