@@ -74,7 +74,7 @@ class TrainConfig:
     beta1: float = _option(0.9, "AdamW's decay of the gradient's mean.", low=0.0, high=0.9999)
     beta2: float = _option(0.999, "AdamW's decay of the squared gradient's mean.", low=0.0, high=0.999999)
     weight_decay: float = _option(0.0, "AdamW's weight decay.", low=0.0)
-    warmup_ratio: float = _option(0.05, "Share of the steps in which the learning rate rises from 0.", low=0.0, high=1.0)
+    warmup_ratio: float = _option(0.05, "Share of the steps that raise the learning rate from 0.", low=0.0, high=1.0)
     schedule: str = _option(
         "linear",
         "How the learning rate falls after the warm-up: to 0 in a line or a cosine, or not at all.",
