@@ -375,7 +375,11 @@ def _save_tokenizer(reader: GGUFReader, folder: Path) -> None:
     types = _field(reader, "tokenizer.ggml.token_type")
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, types) if kind == control]
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == control
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
