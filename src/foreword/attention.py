@@ -181,6 +181,17 @@ class Attachment:
         while self._undo:
             self._undo.pop()()
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, the model is what it was before it was attached; not for a prefix in training."""
+        self.undo()
+        try:
+            yield
+        finally:
+            self._bind_modules()
+            self._switch_attention()
+            self._wrap_forward()
+
     def _set(self, target: Any, name: str, value: Any) -> None:
         """Set an instance attribute and remember how to take it back."""
         missing = object()
