@@ -16,8 +16,8 @@ HEAD = """# Command line
 
 *Generated from the commands; `make docs` writes it anew.* `foreword COMMAND --help` says the same.
 
-Every command takes `--json`, which prints the result as one JSON line, the last one. Exit status: 0 done, 1 an error (one
-line on standard error: what was got, what was expected, what to do), 2 wrong usage, 130 stopped by Ctrl-C.
+Every command takes `--json`, which prints the result as one JSON line, the last one. Exit status: 0 done, 1 an error
+(one line on standard error: what was got, what was expected, what to do), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 

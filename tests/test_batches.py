@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_base
 
 from foreword.data import encode_split, epoch_batches, micro_batches, ordered_batches
 from foreword.errors import DataError
 from foreword.tasks import Example, SkippedRow, Split
+from tiny import tiny_base
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=300)
 

@@ -27,9 +27,7 @@ def test_every_option_explains_itself() -> None:
     text=st.text(st.characters(exclude_categories=["Cs"])), length=st.integers(1, 10**6), rate=st.floats(1e-12, 1e3),
     strict=st.booleans(), schedule=st.sampled_from(["linear", "cosine", "constant"]),
 )  # fmt: skip
-def test_toml_there_and_back(
-    tmp_path: Path, text: str, length: int, rate: float, strict: bool, schedule: str
-) -> None:
+def test_toml_there_and_back(tmp_path: Path, text: str, length: int, rate: float, strict: bool, schedule: str) -> None:
     config = TrainConfig(text=text, length=length, learning_rate=rate, strict=strict, schedule=schedule)
     path = tmp_path / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8", newline="\n")

@@ -134,7 +134,7 @@ class TrainConfig:
                 f"cannot read configuration {path} ({error.strerror})", "a TOML file", "check the path"
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is no TOML ({error})", 'lines such as epochs = 5', "correct it") from None
+            raise ConfigError(f"{path} is no TOML ({error})", "lines such as epochs = 5", "correct it") from None
         try:
             return cls.from_dict({**values, **(overrides or {})})
         except ConfigError as error:

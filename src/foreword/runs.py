@@ -13,6 +13,7 @@ Every file appears by a rename, whole or not at all; lines after the state are c
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -110,7 +111,7 @@ class RunFolder:
         size = 0 if state is None else state.values["metrics_bytes"]
         path = self.path / METRICS
         with storage_errors(path):
-            self._metrics = open(path, "ab")  # noqa: SIM115 - open as long as the folder is held
+            self._metrics = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the folder is held
             if self._metrics.seek(0, os.SEEK_END) < size:
                 raise RunError(f"{path} is shorter than when the run stopped", "all lines", "choose another --out")
             self._metrics.truncate(size)
@@ -120,9 +121,10 @@ class RunFolder:
     def log(self, **values: Any) -> None:
         """Append a line to the metrics."""
         assert self._metrics is not None, "begin comes first"
+        line = json.dumps(values).encode() + b"\n"
         with storage_errors(self.path / METRICS):
-            self._metrics.write(json.dumps(values).encode() + b"\n")
-            self._metrics.flush()
+            if self._metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def save_state(self, state: State) -> None:
         """Keep a state; the one before stays until the new one is whole."""
@@ -273,9 +275,7 @@ def _read_state(path: Path) -> State | None:
             values = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RunError(
-            f"{path} is damaged ({error})", "the state of a run", "start again with --overwrite"
-        ) from None
+        raise RunError(f"{path} is damaged ({error})", "the state of a run", "start again with --overwrite") from None
     if values.get("format") != _FORMAT:
         raise RunError(
             f"{path} has format {values.get('format')}", f"format {_FORMAT}", "use the version that wrote it"
