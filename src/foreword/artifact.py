@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from foreword.errors import PrefixFormatError, PrefixMismatch
 from foreword.prefix import Prefix, Site, Sites, SiteTensors
-from foreword.storage import atomic_folder, remove_leftovers, storage_errors, sync_folder, write_atomic
+from foreword.storage import atomic_folder, locked, remove_leftovers, storage_errors, write_atomic
 
 if TYPE_CHECKING:
     from foreword.base import BaseModel
@@ -44,7 +43,14 @@ MAX_LENGTH = 65536
 _NEXT = "prefix.json.next"
 _MAX_HEADER_BYTES = 1 << 24
 _DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
 }
 _SITE_NAME = re.compile(r"(?!training\.)[a-z][a-z0-9_]*\.(0|[1-9][0-9]{0,5})")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -94,12 +100,12 @@ def save_prefix(prefix: Prefix, path: str | Path) -> None:
             (folder / TENSORS).write_bytes(data)
             (folder / HEADER).write_bytes(text.encode())
         return
-    with storage_errors(path), _locked(path):
+    with storage_errors(path), locked(path):
         _roll_forward(path)
         for name in (_NEXT, TENSORS):
             remove_leftovers(path / name)
-        write_atomic(path / _NEXT, text)
         try:
+            write_atomic(path / _NEXT, text)
             write_atomic(path / TENSORS, data)
         finally:
             _roll_forward(path)
@@ -113,25 +119,8 @@ def _roll_forward(path: Path) -> None:
         header, _ = _read(path)
         if header == _parse((path / _NEXT).read_bytes(), path / _NEXT):
             os.replace(path / _NEXT, path / HEADER)
-            sync_folder(path)
             return
     (path / _NEXT).unlink()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time, where the system has locks on folders."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _tensors(prefix: Prefix) -> dict[str, Tensor]:

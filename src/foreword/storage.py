@@ -16,7 +16,7 @@ from pathlib import Path
 
 from foreword.errors import StorageError
 
-__all__ = ["atomic_folder", "remove_leftovers", "storage_errors", "sync_folder", "write_atomic"]
+__all__ = ["atomic_folder", "locked", "remove_leftovers", "storage_errors", "sync_folder", "write_atomic"]
 
 _ACTIONS = {
     errno.ENOSPC: "free some space or choose another place",
@@ -102,6 +102,26 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the lock of a folder that exists, or of a file that is made for it; others wait for it.
+
+    The lock ends with the process that holds it. Systems without `fcntl` (Windows) have none. Raises `OSError`.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = Path(path)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(path: str | Path) -> None:
