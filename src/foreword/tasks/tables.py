@@ -65,7 +65,7 @@ def _json_rows(path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             yield SkippedRow(number, f"not valid JSON ({error.msg}, column {error.colno})")
         except (ValueError, RecursionError) as error:  # a number too long, lists too deep
