@@ -108,5 +108,5 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     option = typer.Option(
         declaration, help=field.metadata["help"] + shown, show_default=False, rich_help_panel="Configuration"
     )
-    annotation: Any = Annotated[kind | None, option]  # type: ignore[valid-type]
+    annotation: Any = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
