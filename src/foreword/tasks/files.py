@@ -98,7 +98,8 @@ class FileTask:
         seen: dict[str, None] = {}
         examples, skipped = collect(self._examples(path, split, role, seen), limit, strict, path.name)
         if not examples:
-            _require(self._needed(split), list(seen), path.name) if seen else None
+            if seen:  # a column that no row has is a mistake in its name
+                _require(self._needed(split), list(seen), path.name)
             if not skipped:
                 raise DataError(f"{path.name} holds no rows", "at least one row")
             first = skipped[0]
