@@ -248,7 +248,8 @@ class Attachment:
             before, self._current = self._current, call
             try:
                 if self.family.own_adapter:
-                    return original(*args, **kwargs)
+                    with self._recomputed_alike(call):
+                        return original(*args, **kwargs)
                 return original(*args, prefix_ids=call, **kwargs)
             finally:
                 self._current = before
@@ -260,6 +261,30 @@ class Attachment:
         parameters.insert(place, ids)
         forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         self._set(self.model, "forward", forward)
+
+    @contextlib.contextmanager
+    def _recomputed_alike(self, call: Call) -> Iterator[None]:
+        """Inside, checkpointed layers are set up to read `call` again when a later backward recomputes them."""
+        layers = [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
+        functions = [layer.__dict__["_gradient_checkpointing_func"] for layer in layers]
+
+        def checkpointed(function: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def again(*inputs: Any, **options: Any) -> Any:
+                before, self._current = self._current, call
+                try:
+                    return layer(*inputs, **options)
+                finally:
+                    self._current = before
+
+            return function(again, *args, **kwargs)
+
+        try:
+            for layer, function in zip(layers, functions, strict=True):
+                layer.__dict__["_gradient_checkpointing_func"] = functools.partial(checkpointed, function)
+            yield
+        finally:
+            for layer, function in zip(layers, functions, strict=True):
+                layer.__dict__["_gradient_checkpointing_func"] = function
 
     def _shift_positions(self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Text positions moved by the prefix's position offset, where it is not 0."""
