@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -34,16 +35,19 @@ class Checks:
         self.failed: list[str] = []
         self.notes: list[str] = []
 
-    def equal(self, what: str, got: Tensor, want: Tensor, *, exact: bool = False) -> None:
-        """Compare two tensors; `exact` means bit for bit."""
+    def equal(
+        self, what: str, got: Tensor, want: Tensor, *, exact: bool = False, scale: float | None = None
+    ) -> None:
+        """Compare two tensors; `exact` means bit for bit. `scale` is the largest expected value unless given."""
         if got.shape != want.shape:
             self.failed.append(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-            self.error = float("inf")
+            self.error = math.inf
             return
         got, want = got.detach().float().cpu(), want.detach().float().cpu()
-        scale = want.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if want.numel() else torch.tensor(1.0)
-        error = float(((got - want).abs().max() / scale)) if want.numel() else 0.0
-        error = float("inf") if error != error else error
+        if scale is None:
+            scale = float(want.abs().max()) if want.numel() else 1.0
+        error = float((got - want).abs().max()) / (scale or 1.0) if want.numel() else 0.0
+        error = math.inf if math.isnan(error) else error
         self.worst(what, error, 0.0 if exact else self.tolerance)
 
     def worst(self, what: str, error: float, limit: float) -> None:
