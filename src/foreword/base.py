@@ -162,7 +162,11 @@ class BaseModel:
 
     @torch.no_grad()
     def record(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None, **inputs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        **inputs: Any,
     ) -> dict[Site, tuple[Tensor, Tensor]]:
         """The keys and values that a text has at every site, each `[batch, kv_heads, tokens, dim]`.
 
