@@ -30,7 +30,7 @@ class Processes:
     def __init__(self, device: torch.device, tracker: str = "", folder: Path | None = None) -> None:
         # accelerate can be told only once in a process that the CPU is wanted although there is a GPU.
         cpu = device.type == "cpu" and not is_initialized()
-        self._accelerator = Accelerator(cpu=cpu, log_with=_known_tracker(tracker), project_dir=folder)
+        self._accelerator = Accelerator(cpu=cpu, log_with=_known_tracker(tracker, folder), project_dir=folder)
         self._tracks = bool(tracker)
         self.count: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
@@ -83,16 +83,17 @@ class Processes:
             tracker.finish()
 
 
-def shard_model(model: nn.Module, processes: Processes) -> None:
+def shard_model(model: nn.Module, processes: Processes) -> Callable[[], None]:
     """Split a model's weights over the processes, layer by layer (FSDP2). The model stays so.
 
-    Raises `ConfigError` for a single process, `UnsupportedModel` where the layers are not known.
+    The result, to be called at the end, gives back what the last pass has gathered. Raises `ConfigError` for a
+    single process, `UnsupportedModel` where the layers are not known.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if isinstance(model, FSDPModule):
-        return
+        return model.reshard
     if processes.count == 1:
         raise ConfigError("shard in a single process", "several processes", "start with torchrun or accelerate launch")
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -102,7 +103,7 @@ def shard_model(model: nn.Module, processes: Processes) -> None:
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh).reshard
 
 
 def checkpoint_layers(model: nn.Module) -> Callable[[], None]:
@@ -136,12 +137,14 @@ def checkpoint_layers(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _known_tracker(name: str) -> str | None:
+def _known_tracker(name: str, folder: Path | None) -> str | None:
     """The tracker's name for accelerate; `MissingPackage` if it is not installed."""
     if not name:
         return None
-    from accelerate.tracking import get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     if name not in {str(tracker) for tracker in get_available_trackers()}:
         raise MissingPackage(f"tracker {name!r} is not installed", action=f"run pip install {name}")
+    if folder is None and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+        raise ConfigError(f"tracker {name!r} without a run folder", "a place for its files", "pass out")
     return name

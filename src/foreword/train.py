@@ -445,7 +445,7 @@ def _prepared(base: BaseModel, config: TrainConfig, processes: Processes) -> Ite
         if config.gradient_checkpointing:
             stack.callback(checkpoint_layers(base.model))
         if config.shard or processes.wants_sharding:
-            shard_model(base.model, processes)
+            stack.callback(shard_model(base.model, processes))
         yield
 
 
