@@ -58,8 +58,8 @@ def main() -> None:
     except ForewordError as error:
         note(f"error: {error}")
         status = 1
-    except (KeyboardInterrupt, typer.Abort):
-        note("stopped")
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        note(str(stop) or "stopped")
         status = 130
     except BrokenPipeError:  # the reader of a pipe went away: `foreword show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,6 +40,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
     limit: Limit = None,
     with_base: Annotated[bool, typer.Option("--with-base", help="Also evaluate the untouched base model.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest output. (default: the task's own)")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams; the Prefix-Tuning paper uses 5.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 20,
     show: Annotated[int, typer.Option(min=0, help="Print this many outputs.")] = 3,
@@ -83,6 +84,7 @@ def evaluate(
                     limit=limit,
                     strict=strict,
                     batch_size=batch_size,
+                    max_new_tokens=max_new_tokens,
                     num_beams=beams,
                     progress=progress,
                 )

@@ -33,6 +33,7 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder. (default: runs/TASK)")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any of the flags.")] = None,
     start: Annotated[Path | None, typer.Option("--from", help="Start from this prefix or run folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Clear the run folder and start anew.")] = False,
     train_file: Annotated[Path | None, typer.Option("--train", help="Your rows: JSONL, CSV, TSV or parquet.")] = None,
     dev_file: Annotated[Path | None, typer.Option("--dev", help="Your dev rows. (default: a tenth of --train)")] = None,
     test: TestFile = None,
@@ -66,7 +67,7 @@ def train(
     begin = None if start is None else Prefix.load(find_prefix(start), loaded)
     note(f"run folder {folder}; Ctrl-C stops cleanly, the same command resumes")
     with stages() as progress:
-        result = run(loaded, begin, work, chosen, out=folder, progress=progress)
+        result = run(loaded, begin, work, chosen, out=folder, overwrite=overwrite, progress=progress)
     metrics = result.metrics
     say(
         f"dev loss {metrics['best_dev_loss']:.4f} nats per token at step {metrics['best_step']} of {metrics['steps']}, "
