@@ -27,6 +27,7 @@ from foreword.base import BaseModel
 from foreword.config import TrainConfig
 from foreword.data import Rows, encode_split, epoch_batches, micro_batches, ordered_batches
 from foreword.errors import ConfigError, PrefixError, RunError, UnsupportedModel
+from foreword.frozen import frozen_training
 from foreword.init import new_prefix
 from foreword.parallel import Processes, checkpoint_layers, shard_model
 from foreword.parametrization import PrefixModule, parametrize
@@ -441,10 +442,13 @@ def _describe(split: Split, rows: Rows) -> dict[str, Any]:
 @contextlib.contextmanager
 def _prepared(base: BaseModel, config: TrainConfig, processes: Processes) -> Iterator[None]:
     """Inside, the base model is as fast or as small as the options ask; outside as before (sharding stays)."""
+    shard = config.shard or processes.wants_sharding
     with contextlib.ExitStack() as stack:
+        if not (shard or config.gradient_checkpointing):
+            stack.enter_context(frozen_training(base.model))
         if config.gradient_checkpointing:
             stack.callback(checkpoint_layers(base.model))
-        if config.shard or processes.wants_sharding:
+        if shard:
             stack.callback(shard_model(base.model, processes))
         yield
 
