@@ -116,7 +116,8 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("BartConfig", "BartForConditionalGeneration", _BART),
     "t5": ("T5Config", "T5ForConditionalGeneration", _T5),
     "t5-odd": ("T5Config", "T5ForConditionalGeneration", {
-        **_T5, "d_kv": 12, "feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2, "tie_word_embeddings": False,
+        **_T5, "d_kv": 12, "num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
     }),
     "pegasus": ("PegasusConfig", "PegasusForConditionalGeneration", {**_BART, "decoder_start_token_id": PAD}),
     "mbart": ("MBartConfig", "MBartForConditionalGeneration", _BART),

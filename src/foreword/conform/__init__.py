@@ -2,8 +2,8 @@
 
 Every line runs random texts and random prefixes, of the mean and spread of the model's own keys and values,
 through the model. "Equal" means within 1e-5 of the largest expected value in float32. In half precision it means
-within twice the error that the untouched model itself has against float32: what two ways of rounding the same
-sums can differ by.
+within three times the largest error that the untouched model itself has against float32, seen on eight texts: two
+ways of rounding the same sums differ by twice their error, and the largest one is an estimate.
 """
 
 from __future__ import annotations
@@ -118,17 +118,17 @@ def _line(number: int, subject: Subject, tolerance: float) -> Line:
 
 
 def _tolerance(subject: Subject) -> float:
-    """1e-5 in float32; in half precision twice the untouched model's own error against float32."""
+    """1e-5 in float32; in half precision three times the untouched model's own error against float32."""
     if subject.model.dtype not in (torch.float16, torch.bfloat16):
         return TOLERANCE
-    inputs = subject.inputs()
+    inputs = subject.inputs(8)
     trial = Checks(0.0)
     with torch.no_grad(), subject.attachment.suspended():
         rough = subject.logits(inputs)
         with _in_float32(subject.model):
             full = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
             trial.equal("", rough, subject.logits(full))
-    return max(TOLERANCE, 2 * (trial.error or 0.0))
+    return max(TOLERANCE, 3 * (trial.error or 0.0))
 
 
 @contextlib.contextmanager

@@ -126,9 +126,7 @@ def _compare_steps(
         checks.true(f"{what}, row {row}: the likeliest token", bool((logits[row].argmax(-1) == written[row]).all()))
 
 
-def _compare_beams(
-    subject: Subject, checks: Checks, made: Any, inputs: Inputs, owners: list[Sites | None]
-) -> None:
+def _compare_beams(subject: Subject, checks: Checks, made: Any, inputs: Inputs, owners: list[Sites | None]) -> None:
     """The score of every best beam against the likelihood of its tokens."""
     written = made.sequences[:, -NEW_TOKENS:]
     for row, sites in enumerate(owners):
@@ -219,11 +217,12 @@ def one_step(subject: Subject, checks: Checks) -> None:
     started = {site: tensors.map(lambda t: t.detach().clone()) for site, tensors in sites.items()}
     base = [p for p in subject.model.parameters() if p.requires_grad]
     _loss(subject, sites, inputs)[0].backward()
-    groups = [{"params": [t], "lr": _rate(t)} for tensors in sites.values() for t in tensors[:2]]
+    groups: list[dict[str, Any]] = [{"params": [t], "lr": _rate(t)} for site in sites.values() for t in site[:2]]
     torch.optim.SGD([*groups, {"params": base}] if base else groups, lr=0.1).step()
     for site, tensors in sites.items():
-        for name, now, then in zip(("keys", "values"), tensors, started[site], strict=False):
-            moved = (now.detach() != then).flatten(2).any(-1).float()
+        pairs = {"keys": (tensors.keys, started[site].keys), "values": (tensors.values, started[site].values)}
+        for name, (now, then) in pairs.items():
+            moved = now.detach().ne(then).any(-1).float()
             checks.worst(f"{name} at {site}: share of slots that stayed", float(1 - moved.mean()), 0.0)
     for name, tensor in state.items():
         checks.true(f"{name} stays", torch.equal(tensor.detach(), before[name]))

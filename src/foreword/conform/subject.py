@@ -22,7 +22,7 @@ Inputs = dict[str, Tensor]
 Hook = Callable[[str, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 
 
-class NotApplicable(Exception):  # noqa: N818 - it ends a line, it is no error
+class NotApplicable(Exception):
     """A line that says nothing about this model, and why."""
 
 
@@ -35,9 +35,7 @@ class Checks:
         self.failed: list[str] = []
         self.notes: list[str] = []
 
-    def equal(
-        self, what: str, got: Tensor, want: Tensor, *, exact: bool = False, scale: float | None = None
-    ) -> None:
+    def equal(self, what: str, got: Tensor, want: Tensor, *, exact: bool = False, scale: float | None = None) -> None:
         """Compare two tensors; `exact` means bit for bit. `scale` is the largest expected value unless given."""
         if got.shape != want.shape:
             self.failed.append(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
@@ -216,7 +214,7 @@ class Subject:
         kept: dict[str, list[Tensor]] = {}
 
         def keep(stack: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept[stack] = list(_tensors((args, {name: kwargs[name] for name in sorted(kwargs) if name != "prefix_ids"})))
+            kept[stack] = list(_tensors((args, dict(sorted(kwargs.items())))))
             kept[stack].sort(key=lambda tensor: not tensor.is_floating_point() or tensor.dim() != 3)
 
         with self.first_layers(keep):
