@@ -6,7 +6,6 @@ import collections
 
 import pytest
 import torch
-from tiny import REFUSED, TINY, tiny_base, tiny_inputs, tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -14,12 +13,10 @@ from foreword.attention import Attachment, attach, attachment_of, detach
 from foreword.conform import CONTRACT, check
 from foreword.errors import UnsupportedModel
 from foreword.families import FAMILIES, family_of, find_sites
+from tiny import REFUSED, TINY, tiny_base, tiny_inputs, tiny_model
 
 # Lines that say nothing about a family: no cache in encoders, no window, no tokens, no limit, no checkpointing.
-ENCODERS = {
-    name for name in ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "modernbert", "deberta-v2",
-                      "vit")
-}  # fmt: skip
+ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "modernbert", "deberta-v2", "vit"}
 SLIDING = {"mistral", "gemma2", "gemma3_text", "gpt_oss", "modernbert"}
 PACKING = {
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "deepseek_v3",
