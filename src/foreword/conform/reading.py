@@ -267,7 +267,7 @@ def full_context(subject: Subject, checks: Checks) -> None:
     with subject.captured() as prefixed:
         got = subject.with_sites(sites, inputs)
     checks.true("a logit for every token", got.shape == want.shape and bool(got.isfinite().all()))
-    checks.true("the prefix is read", bool((got != want).any()))
+    checks.true("the prefix is read", checks.differs(got, want))
     for stack, tensors in plain.items():
         checks.true(f"{stack}: as many inputs", len(tensors) == len(prefixed[stack]))
         if stack == "encoder" or "encoder" not in plain:

@@ -54,6 +54,10 @@ class Checks:
         if error > limit:
             self.failed.append(f"{what}: error {error:.1e}")
 
+    def differs(self, got: Tensor, want: Tensor) -> bool:
+        """Whether two tensors differ by more than rounding."""
+        return bool((got - want).abs().max() > self.tolerance * want.abs().max())
+
     def true(self, what: str, holds: bool) -> None:
         """Take a plain fact into account."""
         self.error = self.error or 0.0
