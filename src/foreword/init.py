@@ -102,7 +102,9 @@ def new_prefix(
 
 
 def _said(init: str, text: str | None) -> str | None:
-    return text or {"text": DEFAULT_TEXT, "words": DEFAULT_WORDS}.get(init)
+    """The text that the slots come from, None where they come from no text."""
+    defaults = {"text": DEFAULT_TEXT, "words": DEFAULT_WORDS, "prefix": None}
+    return text or defaults[init] if init in defaults else None
 
 
 def _check_length(base: BaseModel, length: int) -> None:
@@ -154,6 +156,8 @@ def _encode(base: BaseModel, text: str) -> list[int]:
 
 def _fill(base: BaseModel, length: int, ids: list[int]) -> list[int]:
     """`length` tokens: those that the tokenizer begins every text with, then `ids`, again and again."""
+    if not ids:
+        raise ConfigError("a text without tokens to start from", "at least one token", "write another text")
     whole = base.tokenizer("x")["input_ids"]
     special = set(base.tokenizer.all_special_ids)
     start = next((place for place, token in enumerate(whole) if token not in special), len(whole))
