@@ -59,5 +59,5 @@ def demo(
     emit({"folder": str(out), "results": [r.to_dict(outputs=False) for r in results]}, as_json)
 
 
-DEMO_EPOCHS = 3
+DEMO_EPOCHS = 2
 DEMO_ROWS = 40

@@ -98,14 +98,14 @@ def evaluate(
 
 
 def print_scores(results: list[Evaluation]) -> None:
-    """A table of scores with their intervals, one row for each evaluation."""
+    """A table of scores with their intervals, one column for each evaluation."""
     first = results[0]
-    header = ["", *first.scores, "nats_per_token", "seconds"]
+    header = ["", *("base model" if result.prefix is None else f"prefix {result.prefix}" for result in results)]
     rows = [
-        [(result.prefix and f"prefix {result.prefix}") or "base model", *map(str, result.scores.values()),
-         round(result.nats_per_token, 3), round(result.seconds, 1)]
-        for result in results
-    ]  # fmt: skip
+        *([name, *(str(result.scores[name]) for result in results)] for name in first.scores),
+        ["nats per token", *(f"{result.nats_per_token:.3f}" for result in results)],
+        ["seconds", *(f"{result.seconds:.1f}" for result in results)],
+    ]
     skipped = f", {first.skipped_rows} skipped" if first.skipped_rows else ""
     table(f"{first.task} {first.split}, {len(first.outputs)} rows{skipped}, {first.base}", header, rows)
     say("scores with 95 % bootstrap intervals over rows")
