@@ -62,9 +62,13 @@ def test_atomic_folder(tmp_path: Path, existing: bool) -> None:
 
 
 def test_atomic_folder_leaves_nothing_when_the_block_raises(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "run") as folder:
-        (folder / "a").write_text("a")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with atomic_folder(tmp_path / "run") as folder:
+            (folder / "a").write_text("a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert os.listdir(tmp_path) == []
 
 

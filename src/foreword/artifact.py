@@ -449,8 +449,8 @@ def _load_tensors(path: Path, header: dict[str, Any], data: bytes) -> dict[str, 
     for name in sorted(expected.keys() ^ tensors.keys()):
         problem = "lacks" if name in expected else "has the unknown"
         raise PrefixFormatError(f"{file} {problem} tensor {name!r}", f"the tensors that {HEADER} lists", _RETRAIN)
-    for name, tensor in tensors.items():
-        _check_tensor(name, tensor, expected[name], str(file))
+    for name, wanted in expected.items():
+        _check_tensor(name, tensors[name], wanted, str(file))
     _check_numbers(tensors, file)
     return tensors
 
