@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
 
 from foreword.cli import main
+from tiny import tiny_model, tiny_tokenizer
 
 ROWS = [
     {"question": f"What comes after {k}?", "answer": f"After {k} comes {k + 1}.", "also": f"It is {k + 1}."}
@@ -195,7 +195,8 @@ def test_errors_are_one_line(run, arguments: list[str], status: int, message: st
 
 
 def test_help_is_instant_and_loads_no_torch() -> None:
-    code = "import sys; sys.argv=['foreword','--help']\nfrom foreword.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv=['foreword','--help']\nfrom foreword.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

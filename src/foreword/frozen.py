@@ -84,7 +84,7 @@ def _is_linear(module: nn.Module) -> bool:
     return module.weight.dtype == torch.float32 and _has_onednn()
 
 
-def _is_known(layer: nn.Module) -> bool:
+def _is_known(layer: Any) -> bool:
     """Whether a module is a layer that `_forward` computes: its parts, not only its name."""
     if type(layer).__name__ not in _LAYERS or not type(layer).__module__.startswith("transformers.models."):
         return False
@@ -189,7 +189,7 @@ class _Inputs(torch.autograd.Function):
         return _rotate(query.transpose(1, 2), cos, sin), _rotate(key.transpose(1, 2), cos, sin), value.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, scale, cos, sin, *heads = ctx.saved_tensors
         layer, attention = ctx.layer, ctx.layer.self_attn
@@ -221,7 +221,7 @@ class _Outputs(torch.autograd.Function):
         return _linear(nn.functional.silu(gate).mul_(up), layer.mlp.down_proj, hidden)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, scale, gate, up = ctx.saved_tensors
         layer, mlp, attention = ctx.layer, ctx.layer.mlp, ctx.layer.self_attn
@@ -313,7 +313,7 @@ class _Linear(torch.autograd.Function):
         return _linear(inputs, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _input_grad(grad, ctx.weight), None
 
@@ -322,9 +322,9 @@ def _linear_forward(module: Any) -> Callable[[Tensor], Tensor]:
     """The exchanged `forward` of an `nn.Linear` or a `Conv1D`."""
     original = module.forward
 
-    def forward(input: Tensor) -> Tensor:
+    def forward(input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         weight = module.weight
-        if not input.dtype == weight.dtype or input.device != weight.device or torch.is_autocast_enabled("cpu"):
+        if input.dtype != weight.dtype or input.device != weight.device or torch.is_autocast_enabled("cpu"):
             return cast(Tensor, original(input))
         weight = weight.t() if type(module) is Conv1D else weight
         return cast(Tensor, _Linear.apply(input, _Weight(weight, module.bias)))
