@@ -273,7 +273,7 @@ def _convert_gguf(path: Path, folder: Path, progress: Progress) -> None:
     no progress, and leaves the tokenizer without the rule that splits digits.
     """
     from gguf import GGUFReader
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     progress("convert", 0, 1)  # reading takes some seconds
     reader = GGUFReader(path)
@@ -281,9 +281,9 @@ def _convert_gguf(path: Path, folder: Path, progress: Progress) -> None:
     for name, tensor in _llama_tensors(reader):
         tensors[name] = tensor
         progress("convert", len(tensors), len(reader.tensors))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # Not `save_file`: that makes a private file, and a full disk is not an OSError there.
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     _save_config(reader, folder, tied="lm_head.weight" not in tensors)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private
     _save_tokenizer(reader, folder)
 
 
