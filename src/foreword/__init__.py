@@ -30,7 +30,7 @@ from foreword.errors import (
 )
 
 if TYPE_CHECKING:
-    from foreword.attention import attach, detach
+    from foreword.attention import attach, detach, prefix_ids
     from foreword.base import BaseModel
     from foreword.config import TrainConfig
     from foreword.conform import check
@@ -65,6 +65,7 @@ __all__ = [
     "evaluate",
     "get_task",
     "parametrize",
+    "prefix_ids",
     "train",
 ]
 
@@ -80,6 +81,7 @@ _HOMES = {
     "evaluate": "foreword.evaluate",
     "get_task": "foreword.tasks",
     "parametrize": "foreword.parametrization",
+    "prefix_ids": "foreword.attention",
     "train": "foreword.train",
 }
 
