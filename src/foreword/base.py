@@ -18,6 +18,8 @@ from foreword.attention import Attachment, attachment_of, check_prefix
 from foreword.errors import ConfigError, DataError, ModelNotFound, UnsupportedModel
 from foreword.families import Family, family_of
 from foreword.fingerprint import fingerprint
+from foreword.loss import completion_nats
+from foreword.loss import completion_nats
 from foreword.packaged import ensure_packaged, packaged_models
 from foreword.prefix import Geometry, Prefix, Site, Sites
 
@@ -222,8 +224,7 @@ class BaseModel:
         inputs, targets, wanted = self._split_labels(batch)
         with self.attachment.bound(sites), self._logits_at(wanted):
             logits = self.model(**inputs)["logits"]
-        loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets[wanted], reduction="sum")
-        return loss, int(wanted.sum())
+        return completion_nats(logits.flatten(0, -2), targets[wanted]), int(wanted.sum())
 
     def _split_labels(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """Model inputs, the targets of every position, and which positions are wanted, each `[batch, tokens]`."""

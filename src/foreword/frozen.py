@@ -45,14 +45,12 @@ def frozen_training(model: nn.Module) -> Iterator[None]:
     True
     """
     exchanged: list[nn.Module] = []
-    inside: set[nn.Module] = set()
     try:
         for layer in model.modules():
             if _is_known(layer):
                 _exchange(layer, _layer_forward(layer), exchanged)
-                inside.update(layer.modules())
         for module in model.modules():
-            if module not in inside and _is_linear(module):
+            if _is_linear(module):
                 _exchange(module, _linear_forward(module), exchanged)
         yield
     finally:
