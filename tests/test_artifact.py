@@ -528,3 +528,17 @@ def test_saving_and_loading_are_quick(tmp_path: Path) -> None:
         took.append((middle - start, time.perf_counter() - middle))
     assert min(save_seconds for save_seconds, _ in took) < 0.25
     assert min(load_seconds for _, load_seconds in took) < 0.05
+
+
+def test_the_page_about_the_format_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "prefix-format.md").read_text(encoding="utf-8")
+    example, code = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("json", "python"))
+    header = artifact._parse(example.encode(), Path("example"))
+    assert artifact._dump({**header, "header_sha256": BLANK}) == example
+    prefix = make(mass=True)
+    save_prefix(prefix, tmp_path / "out" / "e2e")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for (keys, values), site in zip(names["past"], prefix.sites.values(), strict=True):
+        assert torch.equal(keys, site.keys) and torch.equal(values, site.values)
