@@ -51,6 +51,12 @@ class PerRow:
         self.bank, self.rows = bank, rows
 
     def slots(self, site: Site, query: Tensor) -> Slots | None:
+        if len(self.rows) != len(query):
+            raise PrefixError(
+                f"prefix_ids name the prefixes of {len(self.rows)} rows, {len(query)} were given",
+                "one id for each row",
+                "pass prefix_ids of the length of the batch",
+            )
         stack = self.bank.stacks[site].to(query.device)
         rows = self.rows.to(query.device)
         width = int(stack.lengths[rows].max()) if rows.device.type == "cpu" else stack.width
@@ -161,7 +167,7 @@ class Bank:
             raise PrefixError(
                 f"a prefix named {name!r} is already attached", "another name", "remove it first or rename"
             )
-        index = self._free.pop() if self._free else len(self.prefixes) + 1
+        index = self._free[-1] if self._free else len(self.prefixes) + 1
         if index >= self._capacity:
             self._capacity = max(2 * self._capacity, 2)
         for site, stack in self.stacks.items():
@@ -169,13 +175,15 @@ class Bank:
             length = 0 if tensors is None else tensors.length
             stack.grow(self._capacity, max(stack.width, length))
             stack.lengths[index] = length
+            stack.bias[index] = -math.inf
             if tensors is not None and length:
                 stack.keys[index, :, :length] = tensors.keys.to(stack.keys)
                 stack.values[index, :, :length] = tensors.values.to(stack.values)
                 stack.bias[index, :length] = 0.0 if tensors.log_mass is None else tensors.log_mass.to(stack.bias)
-        self.prefixes[index], self.names[name] = prefix, index
-        self._offsets[index] = prefix.position_offset
         self._entries[index] = {site: t.map(lambda x: x.detach().to(self._dtype)) for site, t in prefix.sites.items()}
+        self._offsets[index] = prefix.position_offset
+        self.prefixes[index], self.names[name] = prefix, index
+        self._free = self._free[:-1]
         return index
 
     def remove(self, name: str) -> None:

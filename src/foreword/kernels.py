@@ -10,10 +10,13 @@ Which one is taken is decided by `attend`, from the shapes and the device alone:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from foreword.prefix import prefix_attention
 
@@ -35,6 +38,24 @@ class Slots(NamedTuple):
     bias: Tensor | None
 
 
+def _in_autocast_dtype(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function that, under autocast, works in autocast's dtype throughout, as PyTorch's own attention does."""
+
+    @functools.wraps(attend)
+    def attend_cast(query: Tensor, key: Tensor, value: Tensor, slots: Slots, **options: Any) -> Tensor:
+        device = query.device.type
+        if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+            return attend(query, key, value, slots, **options)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            bias = None if slots.bias is None else slots.bias.to(dtype)
+            slots = Slots(slots.keys.to(dtype), slots.values.to(dtype), bias)
+            return attend(query.to(dtype), key.to(dtype), value.to(dtype), slots, **options)
+
+    return attend_cast
+
+
+@_in_autocast_dtype
 def attend(
     query: Tensor,
     key: Tensor,
@@ -62,7 +83,9 @@ def attend(
         position_bias = None if position_bias is None else position_bias[..., :tokens]
     plain = softcap is None and sinks is None and dropout == 0.0
     short = tokens * key.shape[2] <= SHORT_SCORES
-    if plain and not short and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    learns_bias = position_bias is not None and position_bias.requires_grad
+    fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not learns_bias
+    if plain and not short and fused:
         text_bias = _text_bias(query, key, mask, is_causal and position_bias is not None, position_bias)
         return merged_attention(query, key, value, slots, text_bias, scaling, is_causal and position_bias is None)
     text_bias = _text_bias(query, key, mask, is_causal, position_bias)
@@ -81,9 +104,10 @@ def _text_bias(
 ) -> Tensor | None:
     """Mask and position bias as one additive tensor in the query's dtype.
 
-    Finite everywhere, so that a padding row that sees nothing is no NaN; only foreign slots get -inf.
+    Finite everywhere, also after scores are added in half precision, so that a padding row that sees nothing is
+    no NaN; only foreign slots get -inf.
     """
-    lowest = torch.finfo(query.dtype).min
+    lowest = torch.finfo(query.dtype).min / 2
     bias = None
     if mask is None and is_causal:
         tokens, keys = query.shape[2], key.shape[2]
@@ -94,6 +118,7 @@ def _text_bias(
         else:
             bias = mask[..., : key.shape[2]].to(query.dtype).clamp_min(lowest)
     if position_bias is not None:
+        position_bias = position_bias.to(query.dtype)
         bias = position_bias if bias is None else (position_bias + bias).clamp_min(lowest)
     return bias
 
@@ -154,6 +179,7 @@ class _ShortAttention(torch.autograd.Function):
         return out.view(batch, heads, tokens, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights, out = ctx.saved_tensors
         query_shape, keys_shape, values_shape = ctx.shapes
@@ -239,6 +265,7 @@ class _MergedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, prefix_keys, prefix_values, text_bias, prefix_bias, out, lse = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

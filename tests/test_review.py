@@ -1,0 +1,83 @@
+"""Edges of the core: autocast, half precision, second gradients, failures halfway, shared and copied models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from foreword.attention import attach, attachment_of
+from foreword.errors import PrefixError
+from foreword.kernels import Slots, attend
+from foreword.prefix import SiteTensors
+from test_base import random_prefix
+from tiny import tiny_base, tiny_inputs, tiny_model
+
+IDS = torch.arange(3, 9)[None]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "t5", "bert", "deberta-v2"])
+def test_a_prefix_trains_under_autocast(name: str) -> None:
+    prefix = random_prefix(tiny_base(name), 3)
+    gradients = []
+    for enabled in (False, True):
+        model = attach(tiny_model(name), prefix, trainable=True, check_fingerprint=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(**tiny_inputs(name))[0]
+        output.float().pow(2).mean().backward()
+        module = attachment_of(model).module
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_second_gradients_are_refused_not_wrong(tokens: int) -> None:
+    query = torch.randn(1, 2, tokens, 4, requires_grad=True)
+    slots = Slots(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4), None)
+    out = attend(query, torch.randn(1, 2, tokens, 4), torch.randn(1, 2, tokens, 4), slots, scaling=0.5)
+    (grad,) = torch.autograd.grad(out.pow(2).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_position_bias_gets_its_gradient_on_long_texts() -> None:
+    query, key, value = (torch.randn(1, 2, 300, 4) for _ in range(3))
+    slots = Slots(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4), None)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        bias = torch.linspace(-1, 1, 300 * 300, dtype=dtype).view(1, 1, 300, 300).requires_grad_()
+        cast = Slots(slots.keys.to(dtype), slots.values.to(dtype), None)
+        out = attend(query.to(dtype), key.to(dtype), value.to(dtype), cast, scaling=0.5, position_bias=bias)
+        gradients.append(torch.autograd.grad(out.pow(2).sum(), bias)[0].double())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_padding_row_without_prefix_is_finite_in_float16() -> None:
+    query, key = torch.full((1, 1, 2, 4), 5.0).half(), torch.full((1, 1, 2, 4), -5.0).half()
+    mask = torch.tensor([[False, False], [False, True]])[None, None]
+    slots = Slots(torch.zeros_like(key), torch.zeros_like(key), torch.full((1, 1, 1, 2), -math.inf).half())
+    assert attend(query, key, torch.randn_like(key), slots, scaling=0.5, mask=mask).isfinite().all()
+
+
+def test_a_prefix_that_cannot_be_added_leaves_the_bank_as_it_was() -> None:
+    base = tiny_base("llama")
+    bank = base.attachment.bank
+    first, second, long = random_prefix(base, 3), random_prefix(base, 5, seed=1), random_prefix(base, 5, seed=2)
+    site = list(long.sites)[-1]
+    long.sites[site] = SiteTensors(torch.zeros(2, 5, 9), torch.zeros(2, 5, 8))
+    bank.add("first", first)
+    bank.add("second", second)
+    bank.remove("first")
+    with pytest.raises(RuntimeError):
+        bank.add("long", long)
+    ids = torch.tensor([bank.add("again", first), bank.index("second")])
+    mixed = base.model(IDS.repeat(2, 1), prefix_ids=ids).logits
+    alone = torch.cat([base.logits(IDS, prefixes=prefix) for prefix in (first, second)])
+    torch.testing.assert_close(mixed, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_prefix_ids_of_another_batch_size_are_an_error() -> None:
+    base = tiny_base("llama")
+    with base.rows([random_prefix(base, 3), None], 2) as ids, pytest.raises(PrefixError, match="2 rows, 4 were given"):
+        base.model(IDS.repeat(4, 1), prefix_ids=ids)
