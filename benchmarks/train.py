@@ -180,9 +180,8 @@ def foreword_worker(arguments: argparse.Namespace) -> None:
 
         def step(batch: dict[str, Any]) -> float:
             start = time.perf_counter()
-            with frozen_training(base.model):
-                nats, tokens = base.completion_loss(batch, module())
-                (nats / tokens).backward()
+            nats, tokens = base.completion_loss(batch, module())
+            (nats / tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
             return time.perf_counter() - start
@@ -201,7 +200,8 @@ def foreword_worker(arguments: argparse.Namespace) -> None:
         batch = prepared[question["step"] % len(prepared)]
         return {"seconds": step(batch), "tokens": int(batch["attention_mask"].sum())}
 
-    serve(answers)
+    with frozen_training(base.model):  # as `foreword.train` does, around all steps
+        serve(answers)
 
 
 def matrix_product_seconds(model: Any, batch: dict[str, Any]) -> float:
