@@ -103,8 +103,8 @@ def test_packed_texts_that_read_each_others_prefix_are_seen(monkeypatch: pytest.
 def test_a_prefix_that_takes_positions_is_seen(monkeypatch: pytest.MonkeyPatch):
     def shift(self, ids, args, kwargs):
         if self._bound is None or not self._bound.sites or "position_ids" in kwargs:
-            return kwargs
-        return {**kwargs, "position_ids": torch.arange(5, 5 + kwargs["input_ids"].shape[1])[None]}
+            return args, kwargs
+        return args, {**kwargs, "position_ids": torch.arange(5, 5 + kwargs["input_ids"].shape[1])[None]}
 
     monkeypatch.setattr(Attachment, "_shift_positions", shift)
     assert 10 in _failed("gpt2")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
-from foreword.attention import attach, attachment_of
-from foreword.errors import PrefixError
+from foreword.attention import attach, attachment_of, detach, prefix_ids
+from foreword.errors import PrefixError, UnsupportedModel
 from foreword.kernels import Slots, attend
 from foreword.prefix import SiteTensors
 from test_base import random_prefix
@@ -81,3 +82,59 @@ def test_prefix_ids_of_another_batch_size_are_an_error() -> None:
     base = tiny_base("llama")
     with base.rows([random_prefix(base, 3), None], 2) as ids, pytest.raises(PrefixError, match="2 rows, 4 were given"):
         base.model(IDS.repeat(4, 1), prefix_ids=ids)
+
+
+def test_an_offset_counts_from_the_positions_that_opt_takes_from_the_mask() -> None:
+    base = tiny_base("opt")
+    prefix = random_prefix(base, 3, position_offset=3)
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), IDS], dim=1)
+    logits = base.logits(padded, (padded > 0).long(), prefixes=prefix)[:, 2:]
+    torch.testing.assert_close(logits, base.logits(IDS, prefixes=prefix), rtol=1e-5, atol=1e-4)
+
+
+def test_an_offset_counts_from_where_roberta_begins_also_for_embeddings() -> None:
+    base = tiny_base("roberta")
+    embeds = base.model.get_input_embeddings()(IDS)
+    with base.rows(random_prefix(base, 3, position_offset=3), 1) as ids:
+        logits = base.model(inputs_embeds=embeds, prefix_ids=ids).logits
+        torch.testing.assert_close(logits, base.model(IDS, prefix_ids=ids).logits)
+
+
+def test_an_offset_moves_positions_that_are_given_by_place() -> None:
+    base = tiny_base("llama")
+    with base.rows(random_prefix(base, 3, position_offset=3), 1) as ids:
+        placed = base.model(IDS, torch.ones_like(IDS), torch.arange(6)[None], prefix_ids=ids).logits
+        assert torch.equal(placed, base.model(IDS, torch.ones_like(IDS), prefix_ids=ids).logits)
+
+
+def test_a_model_in_training_reads_no_prefix_where_0_says_so() -> None:
+    base = tiny_base("llama")
+    model = attach(tiny_model("llama"), random_prefix(base, 3), trainable=True, check_fingerprint=False)
+    assert torch.equal(model(IDS, prefix_ids=prefix_ids(model, [None])).logits, base.logits(IDS))
+    with pytest.raises(PrefixError, match="prefix_ids contain 1"):
+        model(IDS.repeat(2, 1), prefix_ids=torch.tensor([1, 0]))
+
+
+def test_a_prefix_with_an_offset_is_not_trained_without_it() -> None:
+    model = tiny_model("llama")
+    prefix = random_prefix(tiny_base("llama"), 3, position_offset=3)
+    with pytest.raises(PrefixError, match="position offset 3 to train"):
+        attach(model, prefix, trainable=True, check_fingerprint=False)
+    assert attachment_of(model) is None
+
+
+def test_models_that_share_a_configuration_object_are_not_attached_together() -> None:
+    first = tiny_model("llama")
+    second = type(first)(first.config)
+    attach(first)
+    with pytest.raises(UnsupportedModel, match="configuration object of an attached model"):
+        attach(second)
+    detach(first)
+    assert attachment_of(attach(second)) is not None
+
+
+def test_an_attached_model_is_not_copied() -> None:
+    model = attach(tiny_model("llama"))
+    with pytest.raises(PrefixError, match="cannot be copied"):
+        copy.deepcopy(model)
+    copy.deepcopy(detach(model))

@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from foreword.bank import NO_PREFIX, Bank, Call, Shared
 from foreword.errors import PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.families import Family, adapter_of, family_of, find_sites
+from foreword.families.inputs import default_positions, smallest_inputs
 from foreword.fingerprint import fingerprint
 from foreword.kernels import attend
 from foreword.parametrization import PrefixModule, parametrize
@@ -75,7 +76,7 @@ def _forward(
         raise UnsupportedModel(
             f"{type(module).__name__} is no attention site of an attached model",
             "modules that were there when the model was attached",
-            "attach the model again after changing it",
+            "attach the model again after changing it; give it a configuration of its own if it shares one",
         )
     site = binding.next_site()
     attachment = binding.attachment
@@ -151,7 +152,7 @@ class Attachment:
             raise PrefixError("no prefix is attached", "a prefix for every id", "attach prefixes first")
         if self._bound is not None:
             return self._bound
-        if self.module is not None:
+        if self.module is not None and (prefix_ids is None or bool(prefix_ids.all())):
             return Shared(self.module())
         if prefix_ids is None:
             return Shared(self.bank.entry(self.default)) if self.default else NO_PREFIX
@@ -175,6 +176,13 @@ class Attachment:
                 yield self.recorded
         finally:
             self.recorded = before
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Attachment:
+        raise PrefixError(
+            f"an attached {type(self.model).__name__} cannot be copied",
+            "a model without prefixes",
+            "detach it first, then attach it and the copy",
+        )
 
     def undo(self) -> None:
         """Restore the model exactly."""
@@ -231,6 +239,12 @@ class Attachment:
         configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
         for config in configs.values():
             implementation = config._attn_implementation
+            if implementation in (_SDPA, _EAGER):
+                raise UnsupportedModel(
+                    f"{type(self.model).__name__} has the configuration object of an attached model, or a copy of it",
+                    "a configuration of its own",
+                    "detach that model first",
+                )
             eager = implementation == "eager" or not self.model._supports_sdpa
             if eager and getattr(config, "reorder_and_upcast_attn", False):
                 raise UnsupportedModel("this GPT-2 reorders and upcasts its attention", "a model that does not")
@@ -242,7 +256,7 @@ class Attachment:
         @functools.wraps(original)
         def forward(*args: Any, prefix_ids: Tensor | None = None, **kwargs: Any) -> Any:
             call = self.call(prefix_ids)
-            kwargs = self._shift_positions(prefix_ids, args, kwargs)
+            args, kwargs = self._shift_positions(prefix_ids, args, kwargs)
             for binding in self._bindings:
                 binding.turn = 0
             before, self._current = self._current, call
@@ -286,21 +300,23 @@ class Attachment:
             for layer, function in zip(layers, functions, strict=True):
                 layer.__dict__["_gradient_checkpointing_func"] = function
 
-    def _shift_positions(self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Text positions moved by the prefix's position offset, where it is not 0."""
-        if self._bound is not None or self.module is not None or not hasattr(self, "bank"):
-            return kwargs
+    def _shift_positions(
+        self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The forward's arguments with text positions moved by the prefix's position offset, where it is not 0."""
+        if self._bound is not None or not hasattr(self, "bank"):
+            return args, kwargs
         device = self.model.device
         rows = torch.tensor([self.default], device=device) if ids is None else ids.to(device)
         offsets = self.bank.offsets(rows)
         if offsets is None:
-            return kwargs
+            return args, kwargs
         names = inspect.signature(self.model.forward).parameters
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         positions = given.get("position_ids")
         if positions is None:
             positions = default_positions(self.model, given)
-        return {**kwargs, "position_ids": positions + (offsets if offsets.dim() == 2 else offsets[:, None])}
+        return (), {**given, "position_ids": positions + (offsets if offsets.dim() == 2 else offsets[:, None])}
 
     def _measure(self) -> Geometry:
         """The shapes at every site, from two tokens through the model; proves that every site is reached."""
@@ -308,7 +324,7 @@ class Attachment:
         try:
             self.model.eval()
             with torch.no_grad(), self.recording() as recorded:
-                self.model(**smallest_inputs(self.model, self.family))
+                self.model(**smallest_inputs(self.model, self.family.kind))
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -344,43 +360,6 @@ def _adapted(
     if slots is None:
         return None
     return attend(query, key, value, slots, scaling=scaling, mask=mask, position_bias=position_bias, dropout=dropout)
-
-
-def smallest_inputs(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    """The smallest inputs that run a model once: two tokens, one image, or one stretch of silence."""
-    config, device = model.config, model.device
-    tokens = torch.ones(1, 2, dtype=torch.long, device=device)
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(1, config.num_channels, height, width, dtype=model.dtype, device=device)}
-    if model.main_input_name == "input_features":
-        frames = 2 * config.max_source_positions
-        features = torch.zeros(1, config.num_mel_bins, frames, dtype=model.dtype, device=device)
-        return {"input_features": features, "decoder_input_ids": tokens}
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if family.kind == "encoder-decoder":
-        inputs["decoder_input_ids"] = tokens
-    if family.kind != "encoder":
-        inputs["use_cache"] = False
-    return inputs
-
-
-def default_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-    """The position ids that a model would use itself for these forward arguments, `[batch or 1, tokens]`."""
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        raise PrefixError(
-            f"a prefix with a position offset is attached to {type(model).__name__}, which takes no position_ids",
-            "a prefix with position offset 0",
-            "train the prefix with its native offset",
-        )
-    ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("past_key_values")
-    tokens = ids.shape[1] if ids is not None else cast(Tensor, embeds).shape[1]
-    if "roberta" in model.config.model_type and ids is not None:
-        seen = ids.ne(model.config.pad_token_id).long()
-        return seen.cumsum(1) * seen + model.config.pad_token_id
-    past = 0 if cache is None else cache.get_seq_length()
-    return torch.arange(past, past + tokens, device=model.device)[None]
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -453,6 +432,12 @@ def check_prefix(attachment: Attachment, prefix: Prefix, check_fingerprint: bool
 
 
 def _make_trainable(attachment: Attachment, prefix: Prefix) -> None:
+    if prefix.position_offset:
+        raise PrefixError(
+            f"a prefix with position offset {prefix.position_offset} to train",
+            "position offset 0",
+            "start from a native prefix",
+        )
     model = attachment.model
     for parameter in model.parameters():
         _freeze(attachment, parameter)
