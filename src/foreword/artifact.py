@@ -271,7 +271,7 @@ def _read_as(path: Path, name: str, tensors: bool) -> tuple[dict[str, Any], byte
     data = _read_file(file, claim["bytes"]) if tensors else b""
     size = len(data) if tensors else file.stat().st_size if file.is_file() else -1
     if size != claim["bytes"]:
-        _refuse_disguise(data, file)
+        _refuse_disguise(_read_file(file, 8), file)
         raise PrefixFormatError(f"{file} has {max(size, 0)} bytes", str(claim["bytes"]), _RETRAIN)
     if tensors and (actual := hashlib.sha256(data).hexdigest()) != claim["sha256"]:
         _refuse_disguise(data, file)

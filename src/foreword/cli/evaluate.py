@@ -64,6 +64,12 @@ def evaluate(
 
     if prefix is None and base is None:
         raise ConfigError("neither a prefix nor --base", "one of them", "see foreword evaluate --help")
+    if split not in ("dev", "test"):
+        raise ConfigError(f"split {split!r}", "dev or test", "choose one of them")
+    if test is not None and split != "test":
+        raise ConfigError(f"--split {split} together with --test", "one of both", "leave --split out")
+    if out is not None and out.exists() and not out.is_file():
+        raise ConfigError(f"--out {out} is not a plain file", "a file to write or replace", "choose another path")
     loaded, trained = (
         (load_base(base or "", dtype, device), None) if prefix is None else load_prefix(prefix, base, dtype, device)
     )

@@ -62,12 +62,19 @@ def generate(
 
 
 def _read(prompts: list[str] | None) -> list[str]:
-    if prompts and prompts != ["-"]:
-        return prompts
-    if sys.stdin.isatty():
-        note("one prompt per line; Ctrl-D ends")
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
-    texts = [line for line in lines if line.strip()]
+    texts = prompts if prompts and prompts != ["-"] else [line for line in _lines() if line.strip()]
     if not texts:
         raise ConfigError("no prompt", "prompts as arguments or lines of standard input", "give one")
+    for number, text in enumerate(texts, start=1):
+        if text != text.encode(errors="replace").decode():
+            raise ConfigError(f"prompt {number} is not UTF-8", "UTF-8 text", "convert it")
     return texts
+
+
+def _lines() -> list[str]:
+    if sys.stdin.isatty():
+        note("one prompt per line; Ctrl-D ends")
+    try:
+        return [line.rstrip("\r\n") for line in sys.stdin]
+    except UnicodeDecodeError:
+        raise ConfigError("standard input is not UTF-8", "UTF-8 text", "convert it") from None

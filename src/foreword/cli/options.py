@@ -48,7 +48,9 @@ def make_task(name: str | None, default: str | None = None, **files: Any) -> Tas
 
     given = {option: value for option, value in files.items() if value not in (None, [], ())}
     if given and name not in (None, "files"):
-        raise ConfigError(f"task {name!r} together with --{next(iter(given)).replace('_', '-')}", "one of both")
+        raise ConfigError(
+            f"task {name!r} together with --{next(iter(given)).replace('_', '-')}", "one of both", "leave one out"
+        )
     if given:
         references = given.get("references")
         if references is not None and len(references) == 1:
@@ -56,7 +58,11 @@ def make_task(name: str | None, default: str | None = None, **files: Any) -> Tas
         return get_task("files", **given)
     chosen = name or default
     if chosen is None:
-        raise ConfigError("no task and no file of your own", "a task name or --train", "see foreword train --help")
+        raise ConfigError(
+            "no task and no file of your own",
+            "a task name, or rows with --train or --test",
+            "name one; --help lists all",
+        )
     return get_task(chosen)
 
 
@@ -65,8 +71,25 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base
     from foreword.base import BaseModel
     from foreword.cli.console import stages
 
+    _check_device(device)
     with stages() as progress:
-        return BaseModel.load(name, dtype=dtype, device=device, progress=progress)
+        progress(f"loading {name}", 0, 1)
+        base = BaseModel.load(name, dtype=dtype, device=device, progress=progress)
+        progress(f"loading {name}", 1, 1)
+        return base
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse, before anything is loaded, a device that this machine does not have."""
+    if device in (None, "cpu"):
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        here = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        raise ConfigError(f"device {device!r}", " or ".join(here), "choose one of them") from None
 
 
 def load_prefix(path: Path, base: str | None, dtype: str, device: str | None) -> tuple[BaseModel, Prefix]:
@@ -102,7 +125,8 @@ def config_flags(command: Callable[..., None]) -> Callable[..., None]:
 def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     kind = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
     default = field.default
-    shown = f" (default: {default})" if default not in (None, dataclasses.MISSING, "") else ""
+    choices = " ({})".format(", ".join(filter(None, field.metadata["choices"]))) if field.metadata["choices"] else ""
+    shown = choices + (f" (default: {default})" if default not in (None, dataclasses.MISSING, "") else "")
     name = "--" + field.name.replace("_", "-")
     declaration = f"{name}/--no-{name[2:]}" if kind is bool else name
     option = typer.Option(

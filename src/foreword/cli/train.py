@@ -31,7 +31,10 @@ def train(
     task: Annotated[str | None, typer.Argument(help="e2e or trails; none with your own files.")] = None,
     base: Base = "smollm2-135m",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder. (default: runs/TASK)")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file with any of the flags.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="A TOML file of options from --length on: epochs = 5. Flags win over it."),
+    ] = None,
     start: Annotated[Path | None, typer.Option("--from", help="Start from this prefix or run folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Clear the run folder and start anew.")] = False,
     train_file: Annotated[Path | None, typer.Option("--train", help="Your rows: JSONL, CSV, TSV or parquet.")] = None,
@@ -75,5 +78,12 @@ def train(
         f"peak {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     say(f"prefix     {result.prefix.num_parameters:,} parameters in {folder}")
-    say(f"next       foreword evaluate {folder} --with-base")
+    say(f"next       {_next(folder, task)}")
     emit({"folder": str(folder), **metrics}, as_json)
+
+
+def _next(folder: Path, task: str | None) -> str:
+    """The command to try after training: a task has a test split, own rows are named by their user."""
+    if task is not None:
+        return f"foreword evaluate {folder} --with-base"
+    return f'foreword generate --prefix {folder} "PROMPT", or foreword evaluate {folder} --with-base --test ROWS'

@@ -53,7 +53,7 @@ class FileTask:
         self._prompt = _template("prompt", self.prompt_column, self.template)
         self._completion = _template("completion", self.completion_column, self.completion_template)
         if not 0 <= self.dev_fraction < 1:
-            raise ConfigError(f"dev_fraction {self.dev_fraction}", "at least 0 and below 1")
+            raise ConfigError(f"dev_fraction {self.dev_fraction}", "at least 0 and below 1", "correct it")
         if self.references is not None and not self.references:
             raise ConfigError("references without a column", "a column", "name one or leave references out")
         self.metrics, self.stop = tuple(self.metrics), tuple(self.stop)
@@ -101,11 +101,12 @@ class FileTask:
             if seen:  # a column that no row has is a mistake in its name
                 _require(self._needed(split), list(seen), path.name)
             if not skipped:
-                raise DataError(f"{path.name} holds no rows", "at least one row")
+                raise DataError(f"{path.name} holds no rows", "at least one row", "fill it or name another file")
             first = skipped[0]
             raise DataError(
                 f"{path.name} has no row that can be used ({len(skipped)} skipped; row {first.row}: {first.reason})",
                 "at least one",
+                "correct the rows, or name other columns",
             )
         return examples, skipped
 

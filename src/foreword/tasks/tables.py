@@ -31,7 +31,7 @@ def check_file(path: Path) -> None:
         raise ConfigError(f"file {path}", "an extension of " + ", ".join(FORMATS), "convert or rename the file")
     if not path.is_file():
         found = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {found}", action="correct the path")
+        raise DataError(f"{path} {found}", "a file of rows", "correct the path")
 
 
 def table_columns(path: Path) -> list[str] | None:
@@ -43,12 +43,14 @@ def table_columns(path: Path) -> list[str] | None:
         return parquet_columns(path, path.name)
     header = next(_records(path, kind), None)
     if header is None:
-        raise DataError(f"{path.name} is empty", "a header and at least one row")
+        raise DataError(f"{path.name} is empty", "a header and at least one row", "fill it or name another file")
     if isinstance(header, SkippedRow):
         raise DataError(f"row {header.row} of {path.name}: {header.reason}", "a header")
     repeated = sorted({column for column in header[1] if header[1].count(column) > 1})
     if repeated:
-        raise DataError(f"{path.name} has column {repeated[0]!r} more than once", "different names")
+        raise DataError(
+            f"{path.name} has column {repeated[0]!r} more than once", "different names", "rename one of them"
+        )
     return header[1]
 
 
