@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from foreword.attention import attach, attachment_of, detach, prefix_ids
-from foreword.errors import PrefixError, UnsupportedModel
+from foreword.errors import ConfigError, DataError, PrefixError, UnsupportedModel
 from foreword.kernels import Slots, attend
 from foreword.prefix import SiteTensors
-from test_base import random_prefix
+from test_base import PROMPTS, random_prefix
 from tiny import tiny_base, tiny_inputs, tiny_model
 
 IDS = torch.arange(3, 9)[None]
@@ -138,3 +138,53 @@ def test_an_attached_model_is_not_copied() -> None:
     with pytest.raises(PrefixError, match="cannot be copied"):
         copy.deepcopy(model)
     copy.deepcopy(detach(model))
+
+
+def test_what_a_model_is_used_to_does_not_mix_into_generation() -> None:
+    base = tiny_base("llama")
+    texts = base.generate(PROMPTS, max_new_tokens=12)
+    stored = base.model.generation_config
+    stored.repetition_penalty, stored.no_repeat_ngram_size, stored.suppress_tokens = 5.0, 1, list(range(3, 200))
+    assert base.generate(PROMPTS, max_new_tokens=12) == texts
+    assert base.model.generation_config is stored
+
+
+def test_the_decoder_starts_with_token_0_where_the_model_says_so() -> None:
+    base = tiny_base("t5")
+    texts = base.generate(PROMPTS, max_new_tokens=6)
+    base.model.config.decoder_start_token_id, base.model.generation_config.decoder_start_token_id = None, 0
+    assert base.generate(PROMPTS, max_new_tokens=6) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "new", "offset"), [("bart", "The " * 100, 3, 0), ("bart", "The", 65, 0), ("gpt2", "The", 60, 9)]
+)
+def test_generation_past_the_table_of_positions_is_an_error(name: str, prompt: str, new: int, offset: int) -> None:
+    base = tiny_base(name)
+    with pytest.raises(DataError, match="tokens, .* new ones are asked"):
+        base.generate([prompt], random_prefix(base, 3, position_offset=offset), max_new_tokens=new)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"stop": [""]},
+        {"do_sample": True, "temperature": 0.0},
+        {"do_sample": True, "top_p": 2.0},
+        {"do_sample": True, "top_k": -1},
+    ],
+)
+def test_generation_options_that_mean_nothing_are_an_error(options: dict) -> None:
+    with pytest.raises(ConfigError):
+        tiny_base("llama").generate(PROMPTS, max_new_tokens=2, **options)
+
+
+def test_the_error_of_a_prefix_that_cannot_be_added_comes_through() -> None:
+    base = tiny_base("llama")
+    prefix = random_prefix(base, 3)
+    site = next(iter(prefix.sites))
+    prefix.sites[site] = prefix.sites[site]._replace(log_mass=torch.zeros(2))
+    with pytest.raises(RuntimeError, match="size"):
+        base.logits(IDS, prefixes=prefix)
+    assert len(base.attachment.bank) == 0

@@ -19,7 +19,6 @@ from foreword.errors import ConfigError, DataError, ModelNotFound, UnsupportedMo
 from foreword.families import Family, family_of
 from foreword.fingerprint import fingerprint
 from foreword.loss import completion_nats
-from foreword.loss import completion_nats
 from foreword.packaged import ensure_packaged, packaged_models
 from foreword.prefix import Geometry, Prefix, Site, Sites
 
@@ -208,8 +207,9 @@ class BaseModel:
             for prefix in each:
                 if prefix is not None and id(prefix) not in added:
                     check_prefix(self.attachment, prefix)
-                    names.append(f"row:{id(prefix)}:{len(bank)}")
-                    added[id(prefix)] = bank.add(names[-1], prefix)
+                    name = f"row:{id(prefix)}:{len(bank)}"
+                    added[id(prefix)] = bank.add(name, prefix)
+                    names.append(name)
             yield torch.tensor([0 if p is None else added[id(p)] for p in each], device=self.device)
         finally:
             for name in names:
@@ -329,10 +329,13 @@ class BaseModel:
         string (which is cut off), or after `max_new_tokens`. With `on_text` prompts run one by one and each
         piece of text is handed over as soon as it is there: `on_text(row, piece)`.
         """
-        self._check_generation(num_beams, max_new_tokens, on_text)
+        self._check_generation(num_beams, max_new_tokens, batch_size, stop, on_text)
+        if do_sample and not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
+            given = f"temperature {temperature}, top_p {top_p}, top_k {top_k}"
+            raise ConfigError(given, "temperature above 0, top_p above 0 and at most 1, top_k of at least 0")
         each = _each(prefixes, len(prompts))
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
-        self._check_lengths(encoded, max_new_tokens)
+        self._check_lengths(encoded, each, max_new_tokens)
         config = self._generation_config(
             max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=do_sample,
             **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}),
@@ -365,43 +368,55 @@ class BaseModel:
         pad = self.tokenizer.pad_token_id
         ids = _pad(encoded, pad, left=joint).to(self.device)
         mask = _pad([[1] * len(row) for row in encoded], 0, left=joint).to(self.device)
+        stored = self.model.generation_config
         with self.rows(prefixes, len(encoded)) as prefix_ids:
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, prefix_ids=prefix_ids, generation_config=config, **extra
-            )
+            self.model.generation_config = config  # `generate` fills what a configuration leaves open from this one
+            try:
+                output = self.model.generate(input_ids=ids, attention_mask=mask, prefix_ids=prefix_ids, **extra)
+            finally:
+                self.model.generation_config = stored
         return cast("list[list[int]]", output[:, ids.shape[1] if joint else 0 :].tolist())
 
     def _generation_config(self, **options: Any) -> GenerationConfig:
         """A configuration of our own, so that a model's stored sampling habits don't mix in."""
         stored, config = self.model.generation_config, self.model.config
         ends = stored.eos_token_id if stored.eos_token_id is not None else config.eos_token_id
-        start = stored.decoder_start_token_id or getattr(config, "decoder_start_token_id", None)
+        start = stored.decoder_start_token_id
+        start = getattr(config, "decoder_start_token_id", None) if start is None else start
         return GenerationConfig(
             eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id, bos_token_id=stored.bos_token_id,
             decoder_start_token_id=start, forced_bos_token_id=stored.forced_bos_token_id,
             forced_eos_token_id=stored.forced_eos_token_id, **options,
         )  # fmt: skip
 
-    def _check_generation(self, num_beams: int, max_new_tokens: int, on_text: object) -> None:
+    def _check_generation(
+        self, num_beams: int, max_new_tokens: int, batch_size: int, stop: Sequence[str], on_text: object
+    ) -> None:
         if self.family.kind == "encoder":
             raise UnsupportedModel(
                 f"{self.name!r} is an encoder and generates nothing", "a decoder or encoder-decoder",
                 "choose another base model",
             )  # fmt: skip
-        if num_beams < 1 or max_new_tokens < 1:
-            raise ConfigError(f"num_beams {num_beams}, max_new_tokens {max_new_tokens}", "at least 1 each")
+        if min(num_beams, max_new_tokens, batch_size) < 1:
+            given = f"num_beams {num_beams}, max_new_tokens {max_new_tokens}, batch_size {batch_size}"
+            raise ConfigError(given, "at least 1 each")
+        if not all(stop):
+            raise ConfigError("an empty stop string", "text that ends the output", "leave it out")
         if on_text is not None and num_beams > 1:
             raise ConfigError("streaming with beams", "num_beams 1", "beams are known only at the end")
 
-    def _check_lengths(self, encoded: list[list[int]], max_new_tokens: int) -> None:
-        limit = self.max_tokens
-        for row, ids in enumerate(encoded):
+    def _check_lengths(self, encoded: list[list[int]], prefixes: list[Prefix | None], max_new_tokens: int) -> None:
+        limit, joint = self.max_tokens, self.family.kind == "decoder"
+        for row, (ids, prefix) in enumerate(zip(encoded, prefixes, strict=True)):
             if not ids:
                 raise DataError(f"prompt {row} is empty", "at least one token")
-            if limit is not None and self.family.kind == "decoder" and len(ids) + max_new_tokens > limit:
+            shift = prefix.position_offset if prefix is not None and self.family.positions == "learned" else 0
+            longest = shift + len(ids) + max_new_tokens if joint else max(len(ids), max_new_tokens)
+            if limit is not None and longest > limit:
                 raise DataError(
                     f"prompt {row} has {len(ids)} tokens, {max_new_tokens} new ones are asked",
-                    f"{limit} tokens in all", "shorten the prompt or lower max_new_tokens",
+                    f"{limit - shift} tokens in all" if joint else f"at most {limit} of each",
+                    "shorten the prompt or lower max_new_tokens",
                 )  # fmt: skip
 
 
