@@ -234,3 +234,25 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str], monkeypatch:
     with pytest.raises(SystemExit):
         main()
     assert "linear, cosine," in re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+
+
+def test_rows_that_cannot_be_used_are_reported_by_number(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(rows, "a") as file:
+        file.write('{"question": "", "answer": "x"}\n' + "garbage\n" * 6)
+    command = ["foreword", "train", "-b", model, "--train", rows, *COLUMNS, "--epochs", "1", "--length", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "-o", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    err = capsys.readouterr().err
+    assert exit_.value.code == 0 and "row 21 of train: column 'question' is empty" in err
+    assert "row 22 of train: not valid JSON" in err and "2 more rows of train" in err
+
+
+def test_the_first_bad_row_stops_a_strict_run(refused, model: str, rows: str, tmp_path: Path) -> None:
+    with open(rows, "a") as file:
+        file.write("garbage\n")
+    out = tmp_path / "run"
+    line = refused("train", "-b", model, "--train", rows, *COLUMNS, "--strict", "-o", str(out))
+    assert "row 21 of rows.jsonl" in line and not out.exists()

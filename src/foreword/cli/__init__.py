@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from foreword.cli import check, demo, evaluate, generate, models, prefixes, train
 from foreword.cli.console import note
@@ -14,7 +16,23 @@ from foreword.errors import ForewordError
 
 __all__ = ["app", "main"]
 
+
+class _Stopped(Exception):
+    """Ctrl-C, with what the stopped command has to say."""
+
+
+class _Commands(TyperGroup):
+    """The commands; typer would turn Ctrl-C into an exit status and lose its message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Stopped(str(stop) or "stopped") from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="foreword",
     help="Train, evaluate and use prefixes: small key/value blocks in front of a frozen language model's attention.",
     no_args_is_help=True,
@@ -60,7 +78,7 @@ def main() -> None:
     except ForewordError as error:
         note(f"error: {error}")
         status = 1
-    except (KeyboardInterrupt, typer.Abort) as stop:
+    except (_Stopped, KeyboardInterrupt, typer.Abort) as stop:
         note(str(stop) or "stopped")
         status = 130
     except BrokenPipeError:  # the reader of a pipe went away: `foreword show ... | head`

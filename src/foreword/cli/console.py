@@ -33,7 +33,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     from rich.table import Table
     from rich.text import Text
 
-    built = Table(title=title or None, title_justify="left", title_style="bold")
+    built = Table(title=title or None, show_header=any(header), title_justify="left", title_style="bold")
     for column, name in enumerate(header):
         numbers = column > 0 and all(isinstance(row[column], int | float) for row in rows)
         built.add_column(name, justify="right" if numbers else "left", overflow="fold")

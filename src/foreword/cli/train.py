@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,7 @@ def train(
     note(f"run folder {folder}; Ctrl-C stops cleanly, the same command resumes")
     with stages() as progress:
         result = run(loaded, begin, work, chosen, out=folder, overwrite=overwrite, progress=progress)
+    _report_skipped(folder)
     metrics = result.metrics
     say(
         f"dev loss {metrics['best_dev_loss']:.4f} nats per token at step {metrics['best_step']} of {metrics['steps']}, "
@@ -87,3 +89,14 @@ def _next(folder: Path, task: str | None) -> str:
     if task is not None:
         return f"foreword evaluate {folder} --with-base"
     return f'foreword generate --prefix {folder} "PROMPT", or foreword evaluate {folder} --with-base --test ROWS'
+
+
+def _report_skipped(folder: Path, most: int = 5) -> None:
+    """The first rows of each split that could not be used, on standard error; the run folder lists all."""
+    config = folder / "config.json"
+    for split, data in json.loads(config.read_text(encoding="utf-8"))["data"].items():
+        skipped = data["skipped"]
+        for each in skipped[:most]:
+            note(f"skipped    row {each['row']} of {split}: {each['reason']}")
+        if len(skipped) > most:
+            note(f"skipped    {len(skipped) - most} more rows of {split}; {config} lists them")

@@ -45,7 +45,7 @@ def table_columns(path: Path) -> list[str] | None:
     if header is None:
         raise DataError(f"{path.name} is empty", "a header and at least one row", "fill it or name another file")
     if isinstance(header, SkippedRow):
-        raise DataError(f"row {header.row} of {path.name}: {header.reason}", "a header")
+        raise DataError(f"row {header.row} of {path.name}: {header.reason}", "a header", "correct it")
     repeated = sorted({column for column in header[1] if header[1].count(column) > 1})
     if repeated:
         raise DataError(

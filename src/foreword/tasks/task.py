@@ -104,7 +104,9 @@ def collect(
             if isinstance(row, Example):
                 yield row
             elif strict:
-                raise DataError(f"row {row.row} of {source}: {row.reason}")
+                raise DataError(
+                    f"row {row.row} of {source}: {row.reason}", "a usable row", "correct it, or leave strict out"
+                )
             else:
                 skipped.append(row)
 
