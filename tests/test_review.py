@@ -188,3 +188,18 @@ def test_the_error_of_a_prefix_that_cannot_be_added_comes_through() -> None:
     with pytest.raises(RuntimeError, match="size"):
         base.logits(IDS, prefixes=prefix)
     assert len(base.attachment.bank) == 0
+
+
+def test_a_change_of_attention_after_attaching_is_an_error() -> None:
+    model = attach(tiny_model("llama"))
+    model.set_attn_implementation("eager")
+    with pytest.raises(PrefixError, match="attention of the attached model was changed to 'eager'"):
+        model(IDS)
+
+
+def test_deberta_without_prefix_is_itself_in_training_too() -> None:
+    outputs = []
+    for model in (tiny_model("deberta-v2"), attach(tiny_model("deberta-v2"))):
+        torch.manual_seed(0)
+        outputs.append(model.train()(**tiny_inputs("deberta-v2")).logits)
+    assert torch.equal(*outputs)

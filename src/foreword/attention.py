@@ -234,6 +234,7 @@ class Attachment:
         self._bindings = [module.__dict__[_ATTRIBUTE] for module in served]
 
     def _switch_attention(self) -> None:
+        self._configs: list[Any] = []
         if self.family.own_adapter:
             return
         configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
@@ -249,12 +250,24 @@ class Attachment:
             if eager and getattr(config, "reorder_and_upcast_attn", False):
                 raise UnsupportedModel("this GPT-2 reorders and upcasts its attention", "a model that does not")
             self._set(config, "_attn_implementation_internal", _EAGER if eager else _SDPA)
+            self._configs.append(config)
+
+    def _check_switched(self) -> None:
+        """Raise `PrefixError` if somebody has since given the model another attention, which reads no prefix."""
+        for config in self._configs:
+            if config._attn_implementation not in (_SDPA, _EAGER):
+                raise PrefixError(
+                    f"the attention of the attached model was changed to {config._attn_implementation!r}",
+                    "the attention that it was attached with",
+                    "choose the attention before attaching",
+                )
 
     def _wrap_forward(self) -> None:
         original = self.model.forward
 
         @functools.wraps(original)
         def forward(*args: Any, prefix_ids: Tensor | None = None, **kwargs: Any) -> Any:
+            self._check_switched()
             call = self.call(prefix_ids)
             args, kwargs = self._shift_positions(prefix_ids, args, kwargs)
             for binding in self._bindings:
@@ -347,7 +360,7 @@ def _adapted(
     value: Tensor,
     scaling: float,
     mask: Tensor,
-    position_bias: Tensor | None,
+    position_bias: Callable[[], Tensor | None],
     dropout: float = 0.0,
 ) -> Tensor | None:
     """What a family's own adapter calls; None when no prefix is read, so that it runs the original."""
@@ -359,7 +372,8 @@ def _adapted(
     slots = attachment.resolve(None).slots(site, query)
     if slots is None:
         return None
-    return attend(query, key, value, slots, scaling=scaling, mask=mask, position_bias=position_bias, dropout=dropout)
+    bias = position_bias()
+    return attend(query, key, value, slots, scaling=scaling, mask=mask, position_bias=bias, dropout=dropout)
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

@@ -19,7 +19,7 @@ class Attend(Protocol):
     """What computes the attention once queries, keys, values and position scores are known.
 
     query, key, value `[batch, heads, tokens, head_dim]`, mask bool (True = seen) `[batch, 1, tokens, tokens]`,
-    position_bias `[batch, heads, tokens, tokens]` or None, to be added to `scaling · query · key` of the text only.
+    position_bias() `[batch, heads, tokens, tokens]` or None, to be added to `scaling · query · key` of the text only.
     Returns `[batch, heads, tokens, head_dim]`, or None for "no prefix is read here".
     """
 
@@ -30,7 +30,7 @@ class Attend(Protocol):
         value: Tensor,
         scaling: float,
         mask: Tensor,
-        position_bias: Tensor | None,
+        position_bias: Callable[[], Tensor | None],
         dropout: float = 0.0,
     ) -> Tensor | None:
         """The attention's output, or None."""
@@ -63,14 +63,17 @@ def adapted_forward(module: Any, attend: Attend) -> Callable[..., tuple[Tensor, 
         query = module.transpose_for_scores(module.query_proj(source), heads)
         key = module.transpose_for_scores(module.key_proj(hidden_states), heads)
         value = module.transpose_for_scores(module.value_proj(hidden_states), heads)
-        bias = None
-        if module.relative_attention:
+
+        def position_bias() -> Tensor | None:
+            if not module.relative_attention:
+                return None
             embeddings = module.pos_dropout(rel_embeddings)
             bias = module.disentangled_attention_bias(query, key, relative_pos, embeddings, terms)
-            bias = split(bias) if isinstance(bias, Tensor) else None
+            return split(bias) if isinstance(bias, Tensor) else None
+
         scaling = (query.shape[-1] * terms) ** -0.5
         dropout = module.dropout.p if module.training else 0.0
-        out = attend(split(query), split(key), split(value), scaling, attention_mask.bool(), bias, dropout)
+        out = attend(split(query), split(key), split(value), scaling, attention_mask.bool(), position_bias, dropout)
         if out is None:
             arguments = (hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings)
             return cast("tuple[Tensor, Tensor | None]", original(*arguments))
