@@ -125,6 +125,17 @@ def test_the_bank_reuses_places_and_keeps_neighbours() -> None:
         bank.call(torch.tensor([0, 7]))
 
 
+def test_the_bank_keeps_what_it_was_given() -> None:
+    base = tiny_base("llama")
+    prefix = random_prefix(base, 3)
+    bank = Bank(base.geometry)
+    index = bank.add("a", prefix)
+    site = next(iter(prefix.sites))
+    before = bank.entry(index)[site].keys.clone()
+    prefix.sites[site].keys.zero_()
+    assert torch.equal(bank.entry(index)[site].keys, before)
+
+
 def test_a_thousand_prefixes_stay_apart() -> None:
     base = tiny_base("llama")
     bank = base.attachment.bank
@@ -169,6 +180,10 @@ def test_errors_are_one_line_and_say_what_to_do() -> None:
         base.generate(PROMPTS, max_new_tokens=64)
     with pytest.raises(DataError, match="prompt 1 is empty"):
         base.generate(["a", ""], max_new_tokens=2)
+    with pytest.raises(ConfigError, match="3 prompts and 1 completions"):
+        base.score(PROMPTS, ["x"])
+    with pytest.raises(DataError, match="row 0 has .* tokens; expected at most 64"):
+        base.score(["a"], ["many words " * 40])
     with pytest.raises(ConfigError, match="streaming with beams"):
         base.generate(PROMPTS, num_beams=2, on_text=lambda row, text: None)
     with pytest.raises(UnsupportedModel, match="generates nothing"):

@@ -79,9 +79,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, out
 
 
-def test_killed_at_any_touch_of_the_disk(
-    whole: tuple[str, Path], processes: ForkServerContext, tmp_path: Path
-) -> None:
+def test_killed_at_any_touch_of_the_disk(whole: tuple[str, Path], processes: ForkServerContext, tmp_path: Path) -> None:
     kind, reference = whole
     generator, deaths, code = random.Random(kind), 0, -1
     while code != 0:
@@ -164,9 +162,7 @@ def test_a_finished_run_is_returned_not_repeated(tmp_path: Path) -> None:
 
     again = train(tiny_base("llama"), None, ToyTask(), toy_config(), out=tmp_path / "run", progress=none)
     assert again.metrics == first.metrics
-    assert all(
-        torch.equal(tensors.keys, again.prefix.sites[site].keys) for site, tensors in first.prefix.sites.items()
-    )
+    assert all(torch.equal(tensors.keys, again.prefix.sites[site].keys) for site, tensors in first.prefix.sites.items())
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

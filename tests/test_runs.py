@@ -91,7 +91,7 @@ def test_a_folder_in_which_nothing_began_disappears(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", b"\x10\0\0\0\0\0\0\0{\"a\": 1}        "])
+@pytest.mark.parametrize("damage", [b"", b"garbage", b'\x10\0\0\0\0\0\0\0{"a": 1}        '])
 def test_a_damaged_state_is_one_line(tmp_path: Path, damage: bytes) -> None:
     with begun(tmp_path / "run") as folder:
         folder.save_state(state(1))

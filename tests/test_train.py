@@ -169,9 +169,7 @@ def test_the_run_folder_records_everything(tmp_path: Path) -> None:
     out = tmp_path / "run"
     base = tiny_base("llama")
     stages: list[tuple[str, int, int]] = []
-    result = train(
-        base, None, ToyTask(skipped=2), toy_config(), out=out, progress=lambda *call: stages.append(call)
-    )
+    result = train(base, None, ToyTask(skipped=2), toy_config(), out=out, progress=lambda *call: stages.append(call))
     assert result.folder == out
     record = json.loads((out / "config.json").read_text())
     assert record["options"] == toy_config().to_dict()
@@ -185,9 +183,7 @@ def test_the_run_folder_records_everything(tmp_path: Path) -> None:
     assert record["device"] == "cpu"
     steps = [line for line in lines(out) if "nats_per_token" in line]
     assert [line["step"] for line in steps] == list(range(1, 10))
-    assert all(
-        {"epoch", "learning_rate", "gradient_norm", "tokens", "seconds"} <= line.keys() for line in steps
-    )
+    assert all({"epoch", "learning_rate", "gradient_norm", "tokens", "seconds"} <= line.keys() for line in steps)
     assert [line["step"] for line in lines(out) if "dev_nats_per_token" in line] == [3, 6, 9]
     summary = json.loads((out / "summary.json").read_text())
     assert summary == result.metrics
@@ -218,8 +214,6 @@ def test_a_trained_mlp_can_be_trained_further(tmp_path: Path) -> None:
     assert second.metrics["best_dev_loss"] < first.metrics["best_dev_loss"]
     with pytest.raises(RunError, match="start 'prefix "):
         train(base, first.prefix.fold(), ToyTask(), toy_config(parametrization="mlp"), out=tmp_path / "b")
-
-
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ class Bank:
         self._offsets = {0: 0}
         self._free: list[int] = []
         self._capacity = 1
-        self._dtype = dtype
+        self._dtype, self._device = dtype, torch.device(device)
 
     def __len__(self) -> int:
         return len(self.prefixes)
@@ -180,7 +180,10 @@ class Bank:
                 stack.keys[index, :, :length] = tensors.keys.to(stack.keys)
                 stack.values[index, :, :length] = tensors.values.to(stack.values)
                 stack.bias[index, :length] = 0.0 if tensors.log_mass is None else tensors.log_mass.to(stack.bias)
-        self._entries[index] = {site: t.map(lambda x: x.detach().to(self._dtype)) for site, t in prefix.sites.items()}
+        self._entries[index] = {
+            site: t.map(lambda x: x.detach().to(self._device, self._dtype, copy=True))
+            for site, t in prefix.sites.items()
+        }
         self._offsets[index] = prefix.position_offset
         self.prefixes[index], self.names[name] = prefix, index
         self._free = self._free[:-1]

@@ -26,7 +26,7 @@ __all__ = ["BaseModel", "Score"]
 
 Prefixes = Prefix | Sequence[Prefix | None] | None
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AUTO_CLASSES = {
     "decoder": transformers.AutoModelForCausalLM,
     "encoder": transformers.AutoModel,
@@ -75,7 +75,7 @@ class BaseModel:
     ) -> BaseModel:
         """Load a packaged base (`smollm2-135m`, `minilm`), a folder, or a Hugging Face model id.
 
-        `dtype` is "auto" (as stored), "float32", "bfloat16" or "float16". Raises `ModelNotFound`,
+        `dtype` is "auto" (as stored), "float32" or "bfloat16". Raises `ModelNotFound`,
         `UnsupportedModel` or `ConfigError`.
         """
         if dtype != "auto" and dtype not in _DTYPES:
@@ -276,8 +276,18 @@ class BaseModel:
         batch_size: int = 16,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
-        """The cost of each completion after its prompt."""
+        """The cost of each completion after its prompt; `DataError` for a row that is too long."""
+        if len(prompts) != len(completions) or batch_size < 1:
+            raise ConfigError(
+                f"{len(prompts)} prompts and {len(completions)} completions, batch_size {batch_size}",
+                "as many of each, and a batch_size of at least 1",
+            )
         encoded = [self.encode(*pair) for pair in zip(prompts, completions, strict=True)]
+        limit, joint = self.max_tokens, self.family.kind == "decoder"
+        for row, (prompt, completion) in enumerate(encoded):
+            longest = len(prompt) + len(completion) if joint else max(len(prompt), len(completion))
+            if limit is not None and longest > limit:
+                raise DataError(f"row {row} has {longest} tokens", f"at most {limit}", "shorten it or leave it out")
         each = _each(prefixes, len(encoded))
         scores: list[Score] = []
         for start in range(0, len(encoded), batch_size):

@@ -30,7 +30,7 @@ Base = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... (default: cuda if there is one)")
 ]
-Dtype = Annotated[str, typer.Option(help="Precision of the base model: auto (as stored), float32, bfloat16, float16.")]
+Dtype = Annotated[str, typer.Option(help="Precision of the base model: auto (as stored), float32 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line, the last one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first rows of the split only.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used, not skip it.")]
