@@ -20,6 +20,7 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from foreword import packaged
 from foreword.errors import ModelNotFound, StorageError
@@ -33,7 +34,7 @@ CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|
 def write_gguf(path: Path) -> None:
     """A random Llama of two layers, quantised to 4 bits as SmolLM2 is, with a byte-level tokenizer."""
     rng = np.random.default_rng(0)
-    alphabet = sorted(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    alphabet = sorted(bytes_to_unicode().values())
     tokens = [*SPECIAL, *alphabet, "he", "ll", "Ġd", "ĠĠ", "hell"]
     writer = GGUFWriter(str(path), "llama")
     for key, value in {"block_count": 2, "context_length": 128, "embedding_length": 64, "head_count": 4}.items():
