@@ -90,6 +90,8 @@ class Worker:
 def compare_speed(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Alternating steps of both sides on identical batches, the matrix-product limit between them."""
     sides = {name: Worker(name, dtype, arguments) for name in ("peft", "foreword")}
+    # A process of its own, so that what the limit allocates is not counted as our peak memory.
+    limiter = Worker("foreword", dtype, arguments)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     limits: list[float] = []
     tokens: list[int] = []
@@ -100,10 +102,10 @@ def compare_speed(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 seconds[name].append(answer["seconds"])
         if step >= 0:
             tokens.append(answer["tokens"])
-            limits.append(sides["foreword"].ask(limit=step)["seconds"])
+            limits.append(limiter.ask(limit=step)["seconds"])
         note(f"{dtype} step {step + 1} of {arguments.steps}")
     memory = {name: worker.ask(memory=True)["bytes"] for name, worker in sides.items()}
-    for worker in sides.values():
+    for worker in (*sides.values(), limiter):
         worker.close()
     rate = {name: statistics.median(t / s for t, s in zip(tokens, seconds[name], strict=True)) for name in sides}
     pairs = zip(seconds["peft"], seconds["foreword"], strict=True)
