@@ -25,7 +25,7 @@ from foreword.errors import PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.families import Family, adapter_of, family_of, find_sites
 from foreword.families.inputs import default_positions, smallest_inputs
 from foreword.fingerprint import fingerprint
-from foreword.kernels import attend
+from foreword.kernels import Slots, attend
 from foreword.parametrization import PrefixModule, parametrize
 from foreword.prefix import Geometry, Prefix, Site, Sites, SiteShape
 
@@ -42,10 +42,13 @@ class _Binding:
     def __init__(self, attachment: Attachment, sites: list[Site]) -> None:
         self.attachment, self.sites, self.turn = attachment, sites, 0
 
-    def next_site(self) -> Site:
+    def slots(self, query: Tensor, key: Tensor, value: Tensor, prefix_ids: Tensor | Call | None = None) -> Slots | None:
+        """The slots that the module reads in this turn, None for none; its keys and values are recorded if wanted."""
         site = self.sites[self.turn % len(self.sites)]
         self.turn += 1
-        return site
+        if self.attachment.recorded is not None:
+            self.attachment.recorded[site] = (key.detach(), value.detach())
+        return self.attachment.resolve(prefix_ids).slots(site, query)
 
 
 def _text_attention(module: nn.Module, eager: bool) -> Callable[..., Any]:
@@ -78,11 +81,7 @@ def _forward(
             "modules that were there when the model was attached",
             "attach the model again after changing it; give it a configuration of its own if it shares one",
         )
-    site = binding.next_site()
-    attachment = binding.attachment
-    if attachment.recorded is not None:
-        attachment.recorded[site] = (key.detach(), value.detach())
-    slots = attachment.resolve(prefix_ids).slots(site, query)
+    slots = binding.slots(query, key, value, prefix_ids)
     if slots is None:
         return cast(
             "tuple[Tensor, Tensor | None]",
@@ -364,12 +363,7 @@ def _adapted(
     dropout: float = 0.0,
 ) -> Tensor | None:
     """What a family's own adapter calls; None when no prefix is read, so that it runs the original."""
-    binding = module.__dict__[_ATTRIBUTE]
-    site = binding.next_site()
-    attachment = binding.attachment
-    if attachment.recorded is not None:
-        attachment.recorded[site] = (key.detach(), value.detach())
-    slots = attachment.resolve(None).slots(site, query)
+    slots = module.__dict__[_ATTRIBUTE].slots(query, key, value)
     if slots is None:
         return None
     bias = position_bias()
