@@ -9,8 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-import foreword.attention
 import foreword.bank
+import foreword.interface
 import foreword.parametrization
 from foreword import kernels
 from foreword.attention import Attachment, attach, attachment_of
@@ -22,8 +22,8 @@ from foreword.prefix import Prefix, SiteTensors
 from tiny import tiny_base, tiny_inputs, tiny_model
 
 
-def _failed(name: str = "llama", **options: object) -> set[int]:
-    report = check(tiny_model(name, **options))
+def _failed(name: str = "llama", gates: str = "none", **options: object) -> set[int]:
+    report = check(tiny_model(name, **options), gates=gates)
     return {line.number for line in report.lines if line.status == "fail"}
 
 
@@ -35,7 +35,7 @@ def _break_attend(monkeypatch: pytest.MonkeyPatch, change) -> None:
         query, key, value, slots, options = change(query, key, value, slots, options)
         return real(query, key, value, slots, **options)
 
-    monkeypatch.setattr(foreword.attention, "attend", broken)
+    monkeypatch.setattr(foreword.interface, "attend", broken)
 
 
 def test_a_dropped_prefix_is_seen(monkeypatch: pytest.MonkeyPatch):
@@ -44,6 +44,36 @@ def test_a_dropped_prefix_is_seen(monkeypatch: pytest.MonkeyPatch):
 
     _break_attend(monkeypatch, drop)
     assert {2, 7, 8, 10} <= _failed()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_an_ignored_gate_is_seen(monkeypatch: pytest.MonkeyPatch, name: str):
+    def forget(q, k, v, slots, options):
+        return q, k, v, slots._replace(gate=None), options
+
+    _break_attend(monkeypatch, forget)
+    assert {2, 7, 8} <= _failed(name, gates="apt")
+
+
+def test_a_gate_on_values_alone_is_seen(monkeypatch: pytest.MonkeyPatch):
+    def forget(q, k, v, slots, options):
+        if slots.gate is not None:
+            values = slots.values * slots.gate.transpose(2, 3)[:, :, :, :1]
+            slots = slots._replace(values=values, gate=None)
+        return q, k, v, slots, options
+
+    _break_attend(monkeypatch, forget)
+    assert {2, 8} <= _failed("bert", gates="apt")
+
+
+def test_gates_of_another_row_are_seen(monkeypatch: pytest.MonkeyPatch):
+    real = foreword.bank.PerRow._gate
+
+    def swapped(self, stack, rows, width, given, site):
+        return real(self, stack, rows.flip(0), width, given, site)
+
+    monkeypatch.setattr(foreword.bank.PerRow, "_gate", swapped)
+    assert 5 in _failed("bert", gates="apt")
 
 
 def test_a_wrong_scale_is_seen(monkeypatch: pytest.MonkeyPatch):
@@ -169,17 +199,17 @@ def test_layers_recomputed_without_the_prefix_are_seen(monkeypatch: pytest.Monke
 
 
 def test_a_changed_model_is_seen(monkeypatch: pytest.MonkeyPatch):
-    real = foreword.attention.sdpa_attention_forward
+    real = foreword.interface.sdpa_attention_forward
 
     def careless(module, query, key, value, mask, **options):
         return real(module, query * 1.0001, key, value, mask, **options)
 
-    monkeypatch.setattr(foreword.attention, "sdpa_attention_forward", careless)
+    monkeypatch.setattr(foreword.interface, "sdpa_attention_forward", careless)
     assert 1 in _failed()
 
 
 def test_an_error_fails_its_line_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch):
-    def refuse(self, site, query):
+    def refuse(self, site, query, given):
         raise RuntimeError("broken on purpose\nand more")
 
     monkeypatch.setattr(PerRow, "slots", refuse)

@@ -11,7 +11,7 @@ from transformers.masking_utils import eager_mask
 
 from foreword.attention import Attachment, attach, attachment_of, detach
 from foreword.conform import CONTRACT, check
-from foreword.errors import UnsupportedModel
+from foreword.errors import ConfigError, UnsupportedModel
 from foreword.families import FAMILIES, family_of, find_sites
 from tiny import REFUSED, TINY, tiny_base, tiny_inputs, tiny_model
 
@@ -41,18 +41,39 @@ def test_family_passes_the_whole_contract(name: str):
     assert (packing.status == "pass" and "no packing" not in packing.detail) == (name in PACKING)
 
 
+DECODERS = [name for name in TINY if family_of(tiny_model(name).config).kind == "decoder"]
+GATED = [(name, kind, "") for name in TINY for kind in ("apt", "static", "mass")]
+GATED += [(name, "apt", "cls") for name in sorted(ENCODERS)] + [(name, "apt", "prompt") for name in DECODERS]
+GATED += [(name, "apt", "token") for name in sorted(ENCODERS)]
+
+
+@pytest.mark.parametrize(("name", "gates", "pooling"), GATED)
+def test_family_passes_the_whole_contract_with_gates(name: str, gates: str, pooling: str):
+    report = check(tiny_model(name), gates=gates, gate_pooling=pooling)
+    assert report.passed, "\n" + report.table()
+    assert {line.number for line in report.lines if line.status == "n/a"} == _not_applicable(name), report.table()
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("llama", "mean"), ("llama", "cls"), ("bert", "prompt")])
+def test_gates_that_would_read_what_is_to_come_are_refused(name: str, pooling: str):
+    with pytest.raises(ConfigError, match=f"gate pooling '{pooling}' in an? "):
+        check(tiny_model(name), gates="apt", gate_pooling=pooling)
+
+
+@pytest.mark.parametrize("gates", ["none", "apt", "static", "mass"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "modernbert", "bart", "deberta-v2", "vit"])
-def test_contract_holds_in_bfloat16(name: str):
-    report = check(tiny_model(name).bfloat16())
+def test_contract_holds_in_bfloat16(name: str, gates: str):
+    report = check(tiny_model(name).bfloat16(), gates=gates)
     assert report.passed, "\n" + report.table()
     assert 1e-5 < report.tolerance < 0.1
 
 
+@pytest.mark.parametrize("gates", ["none", "apt"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "bart", "bert"])
-def test_contract_holds_with_eager_attention(name: str):
+def test_contract_holds_with_eager_attention(name: str, gates: str):
     model = tiny_model(name)
     model.set_attn_implementation("eager")
-    report = check(model)
+    report = check(model, gates=gates)
     assert report.passed, "\n" + report.table()
 
 

@@ -20,7 +20,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 class Case(NamedTuple):
-    """Inputs of an attention: query, key, value, prefix keys and values, text bias, slot bias."""
+    """Inputs of an attention: query, key, value, prefix keys and values, text bias, slot bias, slot gate."""
 
     query: Tensor
     key: Tensor
@@ -29,10 +29,11 @@ class Case(NamedTuple):
     prefix_values: Tensor
     text_bias: Tensor | None
     slot_bias: Tensor | None
+    slot_gate: Tensor | None = None
 
     @property
     def slots(self) -> Slots:
-        return Slots(self.prefix_keys, self.prefix_values, self.slot_bias)
+        return Slots(self.prefix_keys, self.prefix_values, self.slot_bias, self.slot_gate)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -50,6 +51,7 @@ def make(
     own_rows: bool = False,
     text_bias: Tensor | None = None,
     slot_bias: Tensor | None = None,
+    gate: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> Case:
     generator = torch.Generator().manual_seed(batch + 10 * tokens + 100 * slots)
@@ -61,7 +63,21 @@ def make(
     return Case(
         leaf(batch, kv_heads * groups, tokens), leaf(batch, kv_heads, keys), leaf(batch, kv_heads, keys),
         leaf(rows, kv_heads, slots), leaf(rows, kv_heads, slots), text_bias, slot_bias,
+        make_gate(gate, batch, tokens, slots, dtype),
     )  # fmt: skip
+
+
+GATES = ["none", "slot", "row", "token"]
+
+
+def make_gate(kind: str, batch: int, tokens: int, slots: int, dtype: torch.dtype) -> Tensor | None:
+    """A factor per slot that is the same for all rows, or the row's own, or each token's own; one of them is 0."""
+    if kind == "none":
+        return None
+    shape = {"slot": (1, 1, 1, slots), "row": (batch, 1, 1, slots), "token": (batch, 1, tokens, slots)}[kind]
+    gate = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(slots), dtype=torch.float64).to(dtype)
+    gate[..., 0] = 0
+    return gate.requires_grad_()
 
 
 def causal(tokens: int, keys: int) -> Tensor:
@@ -73,7 +89,7 @@ def causal(tokens: int, keys: int) -> Tensor:
 def reference(case: Case) -> Tensor:
     return prefix_attention(
         case.query, case.key, case.value, case.prefix_keys, case.prefix_values,
-        scaling=SCALING, text_bias=case.text_bias, prefix_bias=case.slot_bias,
+        scaling=SCALING, text_bias=case.text_bias, prefix_bias=case.slot_bias, prefix_gate=case.slot_gate,
     )  # fmt: skip
 
 
@@ -109,14 +125,37 @@ def check(kernel: Callable[[Case], Tensor], case: Case, expected: Tensor | None 
 @given(
     batch=st.integers(1, 3), kv_heads=st.integers(1, 2), groups=st.integers(1, 3), tokens=st.integers(1, 9),
     past=st.integers(0, 4), slots=st.integers(1, 6), own_rows=st.booleans(), masked=st.booleans(),
+    gate=st.sampled_from(GATES),
 )  # fmt: skip
 def test_equals_the_reference(
     kernel: Callable[[Case], Tensor], batch: int, kv_heads: int, groups: int, tokens: int, past: int, slots: int,
-    own_rows: bool, masked: bool,
+    own_rows: bool, masked: bool, gate: str,
 ) -> None:  # fmt: skip
     bias = causal(tokens, tokens + past) if masked else None
-    case = make(batch, kv_heads, groups, tokens, tokens + past, slots, own_rows=own_rows, text_bias=bias)
+    case = make(batch, kv_heads, groups, tokens, tokens + past, slots, own_rows=own_rows, text_bias=bias, gate=gate)
     check(kernel, case)
+
+
+@pytest.mark.parametrize("gate", ["slot", "row"])
+def test_a_gate_multiplies_keys_and_values(gate: str) -> None:
+    """The reference itself, against the paper's equation 4: the gate on K and V, before they are concatenated."""
+    case = make(own_rows=True, text_bias=causal(5, 5), gate=gate)
+    assert case.slot_gate is not None
+    factor = case.slot_gate.transpose(2, 3)
+    plain = case._replace(
+        prefix_keys=case.prefix_keys * factor, prefix_values=case.prefix_values * factor, slot_gate=None
+    )
+    torch.testing.assert_close(reference(case), reference(plain), atol=2e-6, rtol=1e-5)
+
+
+def test_each_query_has_its_own_gate() -> None:
+    case = make(gate="token")
+    assert case.slot_gate is not None
+    for token in range(5):
+        one = case._replace(
+            query=case.query[:, :, token : token + 1], slot_gate=case.slot_gate[:, :, token : token + 1]
+        )
+        torch.testing.assert_close(reference(case)[:, :, token : token + 1], reference(one), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -138,21 +177,24 @@ def test_position_bias_has_a_gradient() -> None:
     check(short, make(text_bias=bias))
 
 
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("kernel", [short, joined])
-def test_gradients_in_double_precision(kernel: Callable[[Case], Tensor]) -> None:
+def test_gradients_in_double_precision(kernel: Callable[[Case], Tensor], gate: str) -> None:
     mass = torch.tensor([0.5, -1.0], dtype=torch.float64)[None, None, None].requires_grad_()
-    case = make(1, 1, 2, 3, 3, 2, text_bias=causal(3, 3).double(), slot_bias=mass, dtype=torch.float64)
+    case = make(1, 1, 2, 3, 3, 2, text_bias=causal(3, 3).double(), slot_bias=mass, gate=gate, dtype=torch.float64)
 
-    def run(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-        return kernel(Case(query, key, value, keys, values, case.text_bias, mass))
+    def run(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, *more: Tensor) -> Tensor:
+        return kernel(Case(query, key, value, keys, values, case.text_bias, *more))
 
     assert torch.autograd.gradcheck(run, case.leaves)
 
 
-def test_merged_gradients_equal_in_double_precision() -> None:
-    case = make(tokens=6, keys=6, dtype=torch.float64)
+@pytest.mark.parametrize("gate", GATES)
+def test_merged_gradients_equal_in_double_precision(gate: str) -> None:
+    case = make(tokens=6, keys=6, gate=gate, dtype=torch.float64)
+    lowest = torch.finfo(torch.float64).min
     expected = prefix_attention(
-        *case[:5], scaling=SCALING, text_bias=causal(6, 6).double().clamp_min(torch.finfo(torch.float64).min)
+        *case[:5], scaling=SCALING, text_bias=causal(6, 6).double().clamp_min(lowest), prefix_gate=case.slot_gate
     )
     got = merged_attention(*case[:3], case.slots, None, SCALING, True)
     torch.testing.assert_close(got, expected)

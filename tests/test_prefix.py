@@ -110,7 +110,8 @@ def some_prefix(length: int = 4, mass: bool = True) -> Prefix:
 def test_keeping_all_slots_is_the_identity() -> None:
     prefix = some_prefix()
     kept = compact(prefix.sites, {SITE: torch.ones(4, dtype=torch.bool)})
-    assert all(torch.equal(a, b) for a, b in zip(kept[SITE], prefix.sites[SITE], strict=True))
+    named = prefix.sites[SITE].named()
+    assert all(torch.equal(tensor, named[name]) for name, tensor in kept[SITE].named().items())
 
 
 def test_counts() -> None:

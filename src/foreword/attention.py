@@ -1,8 +1,7 @@
-"""Brings prefixes into a `transformers` model: the attention function, its registration, attach and detach.
+"""Brings prefixes into a `transformers` model: attach and detach.
 
-A forward pass carries one `Call` (see `foreword.bank`) in the argument `prefix_ids` to every attention module;
-there `_forward` reads the module's slots and attends over slots and text together. Without slots the model's
-own attention runs, untouched.
+A forward pass carries one `Pass` (see `foreword.bank`) in the argument `prefix_ids` to every attention module, where
+the attention function of `foreword.interface` reads it.
 """
 
 from __future__ import annotations
@@ -10,106 +9,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers import PreTrainedModel
 
-from foreword.bank import NO_PREFIX, Bank, Call, Shared
+from foreword.bank import NO_PREFIX, Bank, Call, Pass, Shared
 from foreword.errors import PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.families import Family, adapter_of, family_of, find_sites
 from foreword.families.inputs import default_positions, smallest_inputs
 from foreword.fingerprint import fingerprint
-from foreword.kernels import Slots, attend
+from foreword.interface import ATTRIBUTE, EAGER, SDPA, Binding, attend_adapted
 from foreword.parametrization import PrefixModule, parametrize
 from foreword.prefix import Geometry, Prefix, Site, Sites, SiteShape
 
 __all__ = ["Attachment", "attach", "attachment_of", "detach", "prefix_ids"]
-
-# The names under which models find our function; each keeps the mask format and the text attention of its twin.
-_SDPA, _EAGER = "foreword", "foreword_eager"
-_ATTRIBUTE = "_foreword"
-
-
-class _Binding:
-    """What an attention module of an attached model knows: its attachment and the sites it serves in turn."""
-
-    def __init__(self, attachment: Attachment, sites: list[Site]) -> None:
-        self.attachment, self.sites, self.turn = attachment, sites, 0
-
-    def slots(self, query: Tensor, key: Tensor, value: Tensor, prefix_ids: Tensor | Call | None = None) -> Slots | None:
-        """The slots that the module reads in this turn, None for none; its keys and values are recorded if wanted."""
-        site = self.sites[self.turn % len(self.sites)]
-        self.turn += 1
-        if self.attachment.recorded is not None:
-            self.attachment.recorded[site] = (key.detach(), value.detach())
-        return self.attachment.resolve(prefix_ids).slots(site, query)
-
-
-def _text_attention(module: nn.Module, eager: bool) -> Callable[..., Any]:
-    """The attention that the model would run without us."""
-    if not eager:
-        return sdpa_attention_forward
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return cast(Callable[..., Any], function)
-    raise UnsupportedModel(f"{type(module).__name__} has no eager attention", "a transformers attention module")
-
-
-def _forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    eager: bool,
-    prefix_ids: Tensor | Call | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function; `[batch, tokens, heads, value_dim]` and the weights, if the text's own."""
-    binding = module.__dict__.get(_ATTRIBUTE)
-    if binding is None:
-        raise UnsupportedModel(
-            f"{type(module).__name__} is no attention site of an attached model",
-            "modules that were there when the model was attached",
-            "attach the model again after changing it; give it a configuration of its own if it shares one",
-        )
-    slots = binding.slots(query, key, value, prefix_ids)
-    if slots is None:
-        return cast(
-            "tuple[Tensor, Tensor | None]",
-            _text_attention(module, eager)(module, query, key, value, attention_mask, **kwargs),
-        )
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    scaling = kwargs.get("scaling")
-    out = attend(
-        query,
-        key,
-        value,
-        slots,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        mask=attention_mask,
-        is_causal=bool(is_causal) and not eager,
-        position_bias=kwargs.get("position_bias"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        dropout=kwargs.get("dropout") or 0.0,
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_SDPA, functools.partial(_forward, eager=False))
-AttentionInterface.register(_EAGER, functools.partial(_forward, eager=True))
-AttentionMaskInterface.register(_SDPA, sdpa_mask)
-AttentionMaskInterface.register(_EAGER, eager_mask)
 
 
 class Attachment:
@@ -124,8 +40,10 @@ class Attachment:
         self.default = 0
         self.module: PrefixModule | None = None
         self.recorded: dict[Site, tuple[Tensor, Tensor]] | None = None
+        self.seen_gates: dict[Site, Tensor] | None = None
+        self.hidden_sizes: dict[Site, int] = {}
         self._bound: Call | None = None
-        self._current: Call | None = None
+        self._current: Pass | None = None
         self._undo: list[Callable[[], None]] = []
         try:
             self._bind_modules()
@@ -137,13 +55,13 @@ class Attachment:
             raise
         self.bank = Bank(self.geometry, model.dtype, model.device)
 
-    def resolve(self, prefix_ids: Tensor | Call | None) -> Call:
-        """The call that an attention module reads: its argument, else the running pass, else the default."""
+    def resolve(self, prefix_ids: Tensor | Pass | None) -> Pass:
+        """The pass that an attention module is in: its argument, else the running one, else one of its own."""
         if prefix_ids is not None and not isinstance(prefix_ids, Tensor):
             return prefix_ids
         if prefix_ids is None and self._current is not None:
             return self._current
-        return self.call(prefix_ids)
+        return Pass(self.call(prefix_ids))
 
     def call(self, prefix_ids: Tensor | None) -> Call:
         """What a forward pass with these ids reads: bound sites, the trained module, the named rows, or the default."""
@@ -175,6 +93,15 @@ class Attachment:
                 yield self.recorded
         finally:
             self.recorded = before
+
+    @contextlib.contextmanager
+    def recording_gates(self) -> Iterator[dict[Site, Tensor]]:
+        """Inside, the gates α `[batch or 1, tokens or 1, prefix]` that a pass reads are kept, by site."""
+        before, self.seen_gates = self.seen_gates, {}
+        try:
+            yield self.seen_gates
+        finally:
+            self.seen_gates = before
 
     def __deepcopy__(self, _: dict[int, Any]) -> Attachment:
         raise PrefixError(
@@ -225,12 +152,13 @@ class Attachment:
             )
         adapter = adapter_of(self.family)
         for module, sites in served.items():
-            binding = _Binding(self, sites)
-            self._set(module, _ATTRIBUTE, binding)
+            binding = Binding(self, sites)
+            self._set(module, ATTRIBUTE, binding)
+            self._undo.append(module.register_forward_pre_hook(binding, with_kwargs=True).remove)
             if adapter is not None:
-                self._set(module, "forward", adapter(module, functools.partial(_adapted, module)))
-        self._set(self.model, _ATTRIBUTE, _Binding(self, []))
-        self._bindings = [module.__dict__[_ATTRIBUTE] for module in served]
+                self._set(module, "forward", adapter(module, functools.partial(attend_adapted, module)))
+        self._set(self.model, ATTRIBUTE, Binding(self, []))
+        self._bindings = [module.__dict__[ATTRIBUTE] for module in served]
 
     def _switch_attention(self) -> None:
         self._configs: list[Any] = []
@@ -239,7 +167,7 @@ class Attachment:
         configs = {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}
         for config in configs.values():
             implementation = config._attn_implementation
-            if implementation in (_SDPA, _EAGER):
+            if implementation in (SDPA, EAGER):
                 raise UnsupportedModel(
                     f"{type(self.model).__name__} has the configuration object of an attached model, or a copy of it",
                     "a configuration of its own",
@@ -248,13 +176,13 @@ class Attachment:
             eager = implementation == "eager" or not self.model._supports_sdpa
             if eager and getattr(config, "reorder_and_upcast_attn", False):
                 raise UnsupportedModel("this GPT-2 reorders and upcasts its attention", "a model that does not")
-            self._set(config, "_attn_implementation_internal", _EAGER if eager else _SDPA)
+            self._set(config, "_attn_implementation_internal", EAGER if eager else SDPA)
             self._configs.append(config)
 
     def _check_switched(self) -> None:
         """Raise `PrefixError` if somebody has since given the model another attention, which reads no prefix."""
         for config in self._configs:
-            if config._attn_implementation not in (_SDPA, _EAGER):
+            if config._attn_implementation not in (SDPA, EAGER):
                 raise PrefixError(
                     f"the attention of the attached model was changed to {config._attn_implementation!r}",
                     "the attention that it was attached with",
@@ -265,31 +193,61 @@ class Attachment:
         original = self.model.forward
 
         @functools.wraps(original)
-        def forward(*args: Any, prefix_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        def forward(
+            *args: Any, prefix_ids: Tensor | None = None, prompt_mask: Tensor | None = None, **kwargs: Any
+        ) -> Any:
             self._check_switched()
             call = self.call(prefix_ids)
+            running = Pass(call, *self._prompt(prompt_mask, args, kwargs)) if call.reads_prompt else Pass(call)
             args, kwargs = self._shift_positions(prefix_ids, args, kwargs)
             for binding in self._bindings:
                 binding.turn = 0
-            before, self._current = self._current, call
+            before, self._current = self._current, running
             try:
                 if self.family.own_adapter:
-                    with self._recomputed_alike(call):
+                    with self._recomputed_alike(running):
                         return original(*args, **kwargs)
-                return original(*args, prefix_ids=call, **kwargs)
+                output = original(*args, prefix_ids=running, **kwargs)
+                if running.kept:  # a cache that the model made itself goes on with the prompt's gates too
+                    _keep_with(output, running.kept)
+                return output
             finally:
                 self._current = before
 
         signature = inspect.signature(original)
-        ids = inspect.Parameter("prefix_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")
         parameters = list(signature.parameters.values())
         place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters.insert(place, ids)
+        parameters[place:place] = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")
+            for name in ("prefix_ids", "prompt_mask")
+        ]
         forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         self._set(self.model, "forward", forward)
 
+    def _prompt(
+        self, given: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, dict[Site, Tensor] | None, bool]:
+        """The prompt's tokens bool `[batch, tokens]`, what is kept of the prompt, and whether a cache stands for it.
+
+        Without `prompt_mask` the prompt is all that the pass which begins a cache reads, but its padding.
+        """
+        if self.family.kind != "decoder":
+            return None, None, False
+        inputs = self._arguments(args, kwargs)
+        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        kept: dict[Site, Tensor] = {} if cache is None else cache.__dict__.setdefault(ATTRIBUTE, {})
+        goes_on = cache is not None and bool(cache.get_seq_length())
+        if not goes_on and given is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            given = mask
+        return None if given is None else given.bool(), kept, goes_on
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The forward's arguments by name."""
+        names = inspect.signature(self.model.forward).parameters
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
     @contextlib.contextmanager
-    def _recomputed_alike(self, call: Call) -> Iterator[None]:
+    def _recomputed_alike(self, call: Pass) -> Iterator[None]:
         """Inside, checkpointed layers are set up to read `call` again when a later backward recomputes them."""
         layers = [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
         functions = [layer.__dict__["_gradient_checkpointing_func"] for layer in layers]
@@ -323,8 +281,7 @@ class Attachment:
         offsets = self.bank.offsets(rows)
         if offsets is None:
             return args, kwargs
-        names = inspect.signature(self.model.forward).parameters
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = self._arguments(args, kwargs)
         positions = given.get("position_ids")
         if positions is None:
             positions = default_positions(self.model, given)
@@ -352,27 +309,15 @@ class Attachment:
         return {site: SiteShape(shapes[site][0][1], shapes[site][0][3], shapes[site][1][3]) for site in order}
 
 
-def _adapted(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    mask: Tensor,
-    position_bias: Callable[[], Tensor | None],
-    dropout: float = 0.0,
-) -> Tensor | None:
-    """What a family's own adapter calls; None when no prefix is read, so that it runs the original."""
-    slots = module.__dict__[_ATTRIBUTE].slots(query, key, value)
-    if slots is None:
-        return None
-    bias = position_bias()
-    return attend(query, key, value, slots, scaling=scaling, mask=mask, position_bias=bias, dropout=dropout)
+def _keep_with(output: Any, kept: dict[Site, Tensor]) -> None:
+    cache = output.get("past_key_values") if isinstance(output, dict) else None
+    if cache is not None:
+        cache.__dict__[ATTRIBUTE] = kept
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, None when it is not attached."""
-    binding = model.__dict__.get(_ATTRIBUTE)
+    binding = model.__dict__.get(ATTRIBUTE)
     return None if binding is None else binding.attachment
 
 
@@ -430,7 +375,8 @@ def check_prefix(attachment: Attachment, prefix: Prefix, check_fingerprint: bool
     """Raise `PrefixMismatch` unless the prefix belongs to the attached model."""
     model = attachment.model
     known = fingerprint(model) if check_fingerprint else prefix.fingerprint
-    prefix.check_base(model.config.name_or_path or type(model).__name__, known, attachment.geometry)
+    name = model.config.name_or_path or type(model).__name__
+    prefix.check_base(name, known, attachment.geometry, attachment.hidden_sizes)
     if prefix.position_offset and attachment.family.kind == "encoder-decoder":
         raise PrefixMismatch(
             f"the prefix has position offset {prefix.position_offset}, the model is an encoder-decoder",

@@ -7,24 +7,44 @@ own (`PerRow`), or by each token its own (`PerToken`, for packed rows). Index 0 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foreword.errors import PrefixError
+from foreword.gates import GateInput, gate_of, pool
 from foreword.kernels import Slots
-from foreword.prefix import Geometry, Prefix, Site, Sites
+from foreword.prefix import Geometry, Prefix, Site, Sites, SiteTensors
 
-__all__ = ["NO_PREFIX", "Bank", "Call", "PerRow", "PerToken", "Shared"]
+__all__ = ["NO_PREFIX", "Bank", "Call", "Pass", "PerRow", "PerToken", "Shared"]
 
 
 class Call(Protocol):
     """What one forward pass reads."""
 
-    def slots(self, site: Site, query: Tensor) -> Slots | None:
-        """The slots that `query` `[batch, heads, tokens, key_dim]` reads at a site, None for none."""
+    def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:
+        """The slots that `query` `[batch, heads, tokens, key_dim]` reads at a site, gated by `given`; None for none."""
         ...
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether any of its gates reads the prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: what it reads, and what gates that read the prompt need (see `foreword.gates.GateInput`).
+
+    No tuple, so that nobody who walks through a module's arguments takes it apart.
+    """
+
+    call: Call
+    prompt: Tensor | None = None
+    kept: dict[Site, Tensor] | None = None
+    goes_on: bool = False
 
 
 class Shared:
@@ -33,12 +53,17 @@ class Shared:
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
 
-    def slots(self, site: Site, query: Tensor) -> Slots | None:
+    def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:
         tensors = self.sites.get(site)
         if tensors is None or tensors.length == 0:
             return None
         bias = None if tensors.log_mass is None else tensors.log_mass[None, None, None, :]
-        return _like(query, tensors.keys[None], tensors.values[None], bias)
+        gate = None if tensors.gate is None else gate_of(tensors.gate, given, site)[:, None]
+        return _like(query, tensors.keys[None], tensors.values[None], bias, gate)
+
+    @property
+    def reads_prompt(self) -> bool:
+        return any(tensors.gate is not None and tensors.gate.pooling == "prompt" for tensors in self.sites.values())
 
 
 NO_PREFIX = Shared({})
@@ -50,7 +75,7 @@ class PerRow:
     def __init__(self, bank: Bank, rows: Tensor) -> None:
         self.bank, self.rows = bank, rows
 
-    def slots(self, site: Site, query: Tensor) -> Slots | None:
+    def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:
         if len(self.rows) != len(query):
             raise PrefixError(
                 f"prefix_ids name the prefixes of {len(self.rows)} rows, {len(query)} were given",
@@ -63,7 +88,23 @@ class PerRow:
         if width == 0:
             return None
         keys, values = stack.keys[rows, :, :width], stack.values[rows, :, :width]
-        return _like(query, keys, values, stack.bias[rows, None, None, :width])
+        gate = self._gate(stack, rows, width, given, site)
+        return _like(query, keys, values, stack.bias[rows, None, None, :width], gate)
+
+    @property
+    def reads_prompt(self) -> bool:
+        return any("prompt" in stack.poolings.values() for stack in self.bank.stacks.values())
+
+    def _gate(self, stack: _Stack, rows: Tensor, width: int, given: GateInput, site: Site) -> Tensor | None:
+        """Every row's gates `[batch, 1, tokens or 1, slots]`, 1 for rows without; None if no row has any."""
+        each = [stack.poolings.get(row, "") for row in rows.tolist()] if stack.poolings else []
+        gate = None
+        for pooling in sorted(set(each) - {""}):
+            assert stack.gates is not None
+            found = torch.sigmoid(pool(given, pooling, site) @ stack.gates[rows, :, :width].to(given.hidden))
+            mine = torch.tensor([own == pooling for own in each], device=found.device)[:, None, None]
+            gate = torch.where(mine, found, 1.0 if gate is None else gate)
+        return None if gate is None else gate[:, None]
 
 
 class PerToken:
@@ -72,8 +113,9 @@ class PerToken:
     def __init__(self, bank: Bank, owners: Tensor) -> None:
         self.bank, self.owners = bank, owners
         self.present: list[int] = sorted(set(owners.flatten().tolist()) - {0})
+        self.reads_prompt = False  # gates that would are refused
 
-    def slots(self, site: Site, query: Tensor) -> Slots | None:
+    def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:
         if self.owners.shape[1] != query.shape[2]:
             raise PrefixError(
                 f"prefix_ids name the prefixes of {self.owners.shape[1]} tokens, {query.shape[2]} were given",
@@ -85,26 +127,37 @@ class PerToken:
         if not read:
             return None
         owners = self.owners.to(query.device)
-        blocks = []
+        blocks, gates = [], []
         for index, tensors in read:
             mass = tensors.keys.new_zeros(tensors.length) if tensors.log_mass is None else tensors.log_mass
             mine = (owners == index)[:, None, :, None]
             blocks.append(torch.where(mine, mass.to(query.device), -math.inf))
+            if tensors.gate is None:
+                gates.append(query.new_ones(1, 1, tensors.length).expand(*self.owners.shape, -1))
+            elif tensors.gate.pooling == "token":
+                gates.append(gate_of(tensors.gate, given, site).to(query.dtype))
+            else:
+                raise PrefixError(
+                    f"packed rows with a prefix whose gates read the {tensors.gate.pooling}", "gates that read tokens",
+                    "give each text a row of its own",
+                )  # fmt: skip
         keys = torch.cat([tensors.keys for _, tensors in read], dim=1)[None]
         values = torch.cat([tensors.values for _, tensors in read], dim=1)[None]
-        return _like(query, keys, values, torch.cat(blocks, dim=-1))
+        gated = any(tensors.gate is not None for _, tensors in read)
+        gate = torch.cat(gates, dim=-1)[:, None] if gated else None
+        return _like(query, keys, values, torch.cat(blocks, dim=-1), gate)
 
 
-def _like(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Slots:
+def _like(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, gate: Tensor | None) -> Slots:
     """Slots on the query's device and in its dtype."""
-    bias = None if bias is None else bias.to(query.device, query.dtype)
-    return Slots(keys.to(query.device, query.dtype), values.to(query.device, query.dtype), bias)
+    return Slots(keys, values, bias, gate).map(lambda tensor: tensor.to(query.device, query.dtype))
 
 
 class _Stack:
     """All resident prefixes of one site, padded to the longest: `[capacity, kv_heads, width, dim]`.
 
-    `bias` `[capacity, width]` is the log mass, -inf where a prefix has no slot.
+    `bias` `[capacity, width]` is the log mass, -inf where a prefix has no slot. `gates` `[capacity, hidden, width]`
+    are the gates' weights, None until a prefix has some; `poolings` says what those of each prefix read.
     """
 
     def __init__(self, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -112,6 +165,8 @@ class _Stack:
         self.values = torch.zeros(1, kv_heads, 0, value_dim, dtype=dtype, device=device)
         self.bias = torch.zeros(1, 0, device=device)
         self.lengths = torch.zeros(1, dtype=torch.long, device=device)
+        self.gates: Tensor | None = None
+        self.poolings: dict[int, str] = {}
 
     @property
     def width(self) -> int:
@@ -119,8 +174,9 @@ class _Stack:
 
     def to(self, device: torch.device) -> _Stack:
         if self.keys.device != device:
-            for name in ("keys", "values", "bias", "lengths"):
-                setattr(self, name, getattr(self, name).to(device))
+            for name in ("keys", "values", "bias", "lengths", "gates"):
+                tensor: Tensor | None = getattr(self, name)
+                setattr(self, name, None if tensor is None else tensor.to(device))
         return self
 
     def grow(self, capacity: int, width: int) -> None:
@@ -132,6 +188,26 @@ class _Stack:
             self.values = pad(self.values, (0, 0, 0, slots, 0, 0, 0, rows))
             self.bias = pad(self.bias, (0, slots, 0, rows), value=-math.inf)
             self.lengths = pad(self.lengths, (0, rows))
+            self.gates = None if self.gates is None else pad(self.gates, (0, slots, 0, 0, 0, rows))
+
+    def put(self, index: int, tensors: SiteTensors) -> None:
+        """Lay a prefix's tensors into its place, which is large enough."""
+        length = tensors.length
+        self.keys[index, :, :length] = tensors.keys.to(self.keys)
+        self.values[index, :, :length] = tensors.values.to(self.values)
+        self.bias[index, :length] = 0.0 if tensors.log_mass is None else tensors.log_mass.to(self.bias)
+        if tensors.gate is not None:
+            weight = tensors.gate.weight
+            if self.gates is None:
+                self.gates = self.keys.new_zeros(len(self.keys), weight.shape[0], self.width)
+            self.gates[index, :, :length] = weight.to(self.gates)
+            self.poolings[index] = tensors.gate.pooling
+
+    def clear(self, index: int) -> None:
+        """Leave no slot at a place."""
+        self.lengths[index] = 0
+        self.bias[index] = -math.inf
+        self.poolings.pop(index, None)
 
 
 class Bank:
@@ -174,12 +250,10 @@ class Bank:
             tensors = prefix.sites.get(site)
             length = 0 if tensors is None else tensors.length
             stack.grow(self._capacity, max(stack.width, length))
+            stack.clear(index)
             stack.lengths[index] = length
-            stack.bias[index] = -math.inf
             if tensors is not None and length:
-                stack.keys[index, :, :length] = tensors.keys.to(stack.keys)
-                stack.values[index, :, :length] = tensors.values.to(stack.values)
-                stack.bias[index, :length] = 0.0 if tensors.log_mass is None else tensors.log_mass.to(stack.bias)
+                stack.put(index, tensors)
         self._entries[index] = {
             site: t.map(lambda x: x.detach().to(self._device, self._dtype, copy=True))
             for site, t in prefix.sites.items()
@@ -193,8 +267,7 @@ class Bank:
         """Forget a prefix; its place is reused."""
         index = self.names.pop(name)
         for stack in self.stacks.values():
-            stack.lengths[index] = 0
-            stack.bias[index] = -math.inf
+            stack.clear(index)
         del self.prefixes[index], self._entries[index], self._offsets[index]
         self._free.append(index)
 

@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from foreword.interface import Binding
+
 __all__ = ["frozen_training"]
 
 # Layers whose mathematics `_forward` knows: RMS norm, rotary attention, gated SiLU, two residuals.
@@ -145,7 +147,9 @@ def _linears(layer: Any) -> tuple[nn.Module, ...]:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether somebody else listens to a module; what `foreword.attention` listens for is handed to it directly."""
+    others = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, Binding)]
+    return bool(module._forward_hooks or others or module._backward_hooks)
 
 
 # A decoder layer
@@ -192,7 +196,7 @@ def _layer_forward(layer: Any) -> Callable[..., Tensor]:
         attended, _ = attend(
             attention, query, key, value, attention_mask,
             dropout=attention.attention_dropout if attention.training else 0.0, scaling=attention.scaling,
-            position_ids=position_ids, use_cache=use_cache,
+            position_ids=position_ids, use_cache=use_cache, gate_hidden=lambda: layer.input_layernorm(hidden_states),
             **({} if window is None else {"sliding_window": window}), **kwargs,
         )  # fmt: skip
         return cast(Tensor, _Outputs.apply(hidden_states, attended, layer))

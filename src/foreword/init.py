@@ -175,7 +175,8 @@ def _run(base: BaseModel, ids: list[int]) -> Sites:
         text = [token for token in ids if token not in base.tokenizer.all_special_ids]
         inputs["decoder_input_ids"] = tokens.new_tensor([[begin, *islice(cycle(text or ids), len(ids) - 1)]])
     recorded = base.record(**inputs)
-    return {site: SiteTensors(*(part[0].float().cpu().clone() for part in recorded[site])) for site in base.geometry}
+    first = {site: [part[0].float().cpu().clone() for part in recorded[site]] for site in base.geometry}
+    return {site: SiteTensors(keys, values) for site, (keys, values) in first.items()}
 
 
 def _random(base: BaseModel, length: int, generator: torch.Generator, inputs: Mapping[str, Tensor] | None) -> Sites:
@@ -231,7 +232,10 @@ def _joined(first: SiteTensors, filler: SiteTensors, length: int) -> SiteTensors
     def join(start: Tensor, rest: Tensor) -> Tensor:
         return torch.cat([start[:, :length].detach().float().cpu(), rest[:, start.shape[1] : length]], dim=1)
 
-    mass = first.log_mass
-    if mass is not None:
-        mass = join(mass[None], torch.zeros(1, length))[0]  # new slots have mass 1
-    return SiteTensors(join(first.keys, filler.keys), join(first.values, filler.values), mass)
+    named = {"keys": join(first.keys, filler.keys), "values": join(first.values, filler.values)}
+    if first.log_mass is not None:
+        named["log_mass"] = join(first.log_mass[None], torch.zeros(1, length))[0]  # new slots have mass 1
+    if first.gate is not None:
+        weight = first.gate.weight
+        named["gate_weight"] = join(weight[None], weight.new_zeros(1, len(weight), length, device="cpu"))[0]
+    return first.with_named(named)

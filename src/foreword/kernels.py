@@ -29,13 +29,18 @@ SHORT_SCORES = 256 * 256
 class Slots(NamedTuple):
     """What the rows of one call read at one site.
 
-    keys, values `[batch or 1, kv_heads, slots, dim]`; bias broadcastable to `[batch, heads, tokens, slots]`,
-    -inf where a slot is not the row's.
+    keys, values `[batch or 1, kv_heads, slots, dim]`; bias broadcastable to `[batch, heads, tokens, slots]`, -inf
+    where a slot is not the row's; gate `[batch or 1, 1, tokens or 1, slots]`, a factor on each slot's key and value.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor | None
+    gate: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Slots:
+        """The same slots with `function` applied to every tensor."""
+        return Slots(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
 def _in_autocast_dtype(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -48,8 +53,7 @@ def _in_autocast_dtype(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return attend(query, key, value, slots, **options)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            bias = None if slots.bias is None else slots.bias.to(dtype)
-            slots = Slots(slots.keys.to(dtype), slots.values.to(dtype), bias)
+            slots = slots.map(lambda tensor: tensor.to(dtype))
             return attend(query.to(dtype), key.to(dtype), value.to(dtype), slots, **options)
 
     return attend_cast
@@ -92,7 +96,7 @@ def attend(
     if not plain:
         return prefix_attention(
             query, key, value, *slots[:2], scaling=scaling, text_bias=text_bias, prefix_bias=slots.bias,
-            softcap=softcap, sinks=sinks, dropout=dropout,
+            prefix_gate=slots.gate, softcap=softcap, sinks=sinks, dropout=dropout,
         )  # fmt: skip
     if short:
         return short_attention(query, key, value, slots, text_bias, scaling)
@@ -144,9 +148,35 @@ def joined_attention(
     """Prefix and text concatenated for `scaled_dot_product_attention`, always with an explicit mask."""
     groups = query.shape[1] // key.shape[1]
     bias = _joined_bias(slots, text_bias, key)
+    if slots.gate is not None and slots.gate.shape[2] > 1:
+        return _joined_by_token(query, key, value, slots, slots.gate, bias, scaling)
+    if slots.gate is not None:  # one gate for all queries of a row: on keys and values
+        factor = slots.gate.transpose(2, 3)
+        slots = Slots(slots.keys * factor, slots.values * factor, slots.bias)
     keys = _join(slots.keys, key).repeat_interleave(groups, 1)
     values = _join(slots.values, value).repeat_interleave(groups, 1)
     return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scaling)
+
+
+def _joined_by_token(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots, gate: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """The same where every query has its own gates, still by PyTorch's fused kernels.
+
+    One more dimension per slot carries what differs from query to query: the query's holds its gated score with the
+    slot, which the slot's key picks out, and the slot's value hands back the weight that the slot got.
+    """
+    batch, heads = query.shape[:2]
+    groups, width, dim = heads // key.shape[1], slots.keys.shape[2], value.shape[-1]
+    prefix_keys, prefix_values = (t.repeat_interleave(groups, 1) for t in (slots.keys, slots.values))
+    scores = (query @ prefix_keys.transpose(2, 3)) * gate
+    chosen = torch.eye(width, dtype=key.dtype, device=key.device).expand(batch, heads, width, width)
+    pad = torch.nn.functional.pad
+    queries = torch.cat([query, scores], dim=-1)
+    keys = torch.cat([pad(chosen, (key.shape[-1], 0)), pad(key.repeat_interleave(groups, 1), (0, width))], dim=2)
+    values = torch.cat([pad(chosen, (dim, 0)), pad(value.repeat_interleave(groups, 1), (0, width))], dim=2)
+    out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling)
+    return out[..., :dim] + (out[..., dim:] * gate) @ prefix_values
 
 
 def short_attention(
@@ -154,26 +184,34 @@ def short_attention(
 ) -> Tensor:
     """One explicit softmax over prefix and text, grouped by key/value head so that no head is copied."""
     bias = _joined_bias(slots, text_bias, key)
-    out: Tensor = _ShortAttention.apply(query, _join(slots.keys, key), _join(slots.values, value), bias, scaling)
+    keys, values = _join(slots.keys, key), _join(slots.values, value)
+    out: Tensor = _ShortAttention.apply(query, keys, values, bias, slots.gate, scaling)
     return out
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(q kᵀ · scaling + bias) v, keeping the weights for the backward."""
+    """softmax(gate ⊙ q kᵀ · scaling + bias) (gate ⊙ v), keeping the weights for the backward.
+
+    The gate `[batch or 1, 1, tokens or 1, slots]` is that of the first keys, the prefix's; the text's is 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, gate: Tensor | None, scaling: float
+    ) -> Tensor:
         batch, heads, tokens, dim = query.shape
         kv_heads, width = keys.shape[1], keys.shape[2]
         groups = heads // kv_heads
         q = query.reshape(batch * kv_heads, groups * tokens, dim)
         k, v = keys.reshape(batch * kv_heads, width, -1), values.reshape(batch * kv_heads, width, -1)
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling).view(batch, kv_heads, groups, tokens, width)
+        if gate is not None:
+            scores[..., : gate.shape[-1]] *= gate.unsqueeze(2)
         if bias is not None:
             scores += _group_heads(bias, kv_heads, groups)
         weights = torch.softmax(scores, dim=-1)  # in float32 inside, also for half types
-        out = torch.bmm(weights.view(batch * kv_heads, groups * tokens, width), v)
-        ctx.save_for_backward(q, k, v, weights, out)
+        out = torch.bmm(_gated(weights, gate).view(batch * kv_heads, groups * tokens, width), v)
+        ctx.save_for_backward(q, k, v, weights, out, gate)
         ctx.scaling, ctx.bias_shape = scaling, None if bias is None else bias.shape
         ctx.shapes = query.shape, keys.shape, values.shape
         return out.view(batch, heads, tokens, -1)
@@ -181,24 +219,43 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, out = ctx.saved_tensors
+        q, k, v, weights, out, gate = ctx.saved_tensors
         query_shape, keys_shape, values_shape = ctx.shapes
         grad = grad_out.reshape(out.shape)
-        grad_query = grad_keys = grad_values = grad_bias = None
+        grad_query = grad_keys = grad_values = grad_bias = grad_gate = None
         flat = weights.view(q.shape[0], q.shape[1], -1)
         if ctx.needs_input_grad[2]:
-            grad_values = torch.bmm(flat.transpose(1, 2), grad).view(values_shape)
-        if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
+            grad_values = torch.bmm(_gated(weights, gate).view(flat.shape).transpose(1, 2), grad).view(values_shape)
+        if any(ctx.needs_input_grad[i] for i in (0, 1, 3, 4)):
             delta = (grad * out).sum(-1, keepdim=True)
-            grad_scores = torch.bmm(grad, v.transpose(1, 2)).sub_(delta).mul_(flat)
+            grad_scores = torch.bmm(grad, v.transpose(1, 2))
+            if gate is not None:  # through the gated values
+                slots, shape = gate.shape[-1], weights.shape
+                by_value = grad_scores[..., :slots] * flat[..., :slots] if ctx.needs_input_grad[4] else None
+                grad_scores.view(shape)[..., :slots] *= gate.unsqueeze(2)
+            grad_scores.sub_(delta).mul_(flat)
             if ctx.needs_input_grad[3]:
                 grad_bias = _ungroup(grad_scores.view(weights.shape), ctx.bias_shape)
             grad_scores.mul_(ctx.scaling)
+            if gate is not None:  # through the gated scores
+                if by_value is not None:
+                    by_value += grad_scores[..., :slots] * torch.bmm(q, k[:, :slots].transpose(1, 2))
+                    grad_gate = _ungroup(by_value.view(*shape[:-1], slots), gate.shape)
+                grad_scores.view(shape)[..., :slots] *= gate.unsqueeze(2)
             if ctx.needs_input_grad[0]:
                 grad_query = torch.bmm(grad_scores, k).view(query_shape)
             if ctx.needs_input_grad[1]:
                 grad_keys = torch.bmm(grad_scores.transpose(1, 2), q).view(keys_shape)
-        return grad_query, grad_keys, grad_values, grad_bias, None
+        return grad_query, grad_keys, grad_values, grad_bias, grad_gate, None
+
+
+def _gated(weights: Tensor, gate: Tensor | None) -> Tensor:
+    """The weights `[batch, kv_heads, groups, tokens, slots + keys]` with the slots' multiplied by the gate."""
+    if gate is None:
+        return weights
+    gated = weights.clone()
+    gated[..., : gate.shape[-1]] *= gate.unsqueeze(2)
+    return gated
 
 
 def _group_heads(bias: Tensor, kv_heads: int, groups: int) -> Tensor:
@@ -230,7 +287,7 @@ def merged_attention(
     prefix_keys = slots.keys.repeat_interleave(groups, 1).expand(batch, heads, -1, -1)
     prefix_values = slots.values.repeat_interleave(groups, 1).expand(batch, heads, -1, -1)
     out: Tensor = _MergedAttention.apply(
-        query, key, value, prefix_keys, prefix_values, text_bias, slots.bias, scaling, is_causal
+        query, key, value, prefix_keys, prefix_values, text_bias, slots.bias, slots.gate, scaling, is_causal
     )
     return out
 
@@ -246,6 +303,7 @@ class _MergedAttention(torch.autograd.Function):
         prefix_values: Tensor,
         text_bias: Tensor | None,
         prefix_bias: Tensor | None,
+        gate: Tensor | None,
         scaling: float,
         is_causal: bool,
     ) -> Tensor:
@@ -255,35 +313,47 @@ class _MergedAttention(torch.autograd.Function):
             query, key, value, 0.0, is_causal, attn_mask=text_bias, scale=scaling
         )
         text_lse = text_lse.to(torch.promote_types(query.dtype, torch.float32))
-        scores = _prefix_scores(query, prefix_keys, prefix_bias, scaling)
+        scores = _prefix_scores(query, prefix_keys, prefix_bias, gate, scaling)
         prefix_lse = torch.logsumexp(scores, dim=-1)
         lse = torch.logaddexp(text_lse, prefix_lse)
         weights = (scores - lse.unsqueeze(-1)).exp().to(value.dtype)
+        weights = weights if gate is None else weights * gate
         out = text_out * (text_lse - lse).exp().unsqueeze(-1).to(value.dtype) + weights @ prefix_values
-        ctx.save_for_backward(query, key, value, prefix_keys, prefix_values, text_bias, prefix_bias, out, lse)
+        ctx.save_for_backward(query, key, value, prefix_keys, prefix_values, text_bias, prefix_bias, gate, out, lse)
         ctx.scaling, ctx.is_causal = scaling, is_causal
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, prefix_keys, prefix_values, text_bias, prefix_bias, out, lse = ctx.saved_tensors
+        query, key, value, prefix_keys, prefix_values, text_bias, prefix_bias, gate, out, lse = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out.contiguous(), query, key, value, out, lse, 0.0, ctx.is_causal,
             attn_mask=text_bias, scale=ctx.scaling,
         )  # fmt: skip
-        scores = _prefix_scores(query, prefix_keys, prefix_bias, ctx.scaling)
+        scores = _prefix_scores(query, prefix_keys, prefix_bias, gate, ctx.scaling)
         weights = (scores - lse.unsqueeze(-1)).exp()
         delta = (grad_out * out).sum(-1, keepdim=True)
-        grad_scores = weights * (grad_out @ prefix_values.transpose(2, 3) - delta)
+        by_value = grad_out @ prefix_values.transpose(2, 3)
+        grad_scores = weights * ((by_value if gate is None else by_value * gate) - delta)
         grad_bias = None if prefix_bias is None else grad_scores.sum_to_size(prefix_bias.shape)
-        grad_scores = (grad_scores * ctx.scaling).to(query.dtype)
+        grad_scores = grad_scores * ctx.scaling
+        grad_gate = None
+        if gate is not None:
+            raw = query @ prefix_keys.transpose(2, 3)
+            grad_gate = (weights * by_value + grad_scores * raw).sum_to_size(gate.shape).to(gate.dtype)
+            weights, grad_scores = weights * gate, grad_scores * gate
+        grad_scores = grad_scores.to(query.dtype)
         grad_query = grad_query + grad_scores @ prefix_keys
         grad_prefix_keys = grad_scores.transpose(2, 3) @ query
         grad_prefix_values = weights.to(query.dtype).transpose(2, 3) @ grad_out
-        return grad_query, grad_key, grad_value, grad_prefix_keys, grad_prefix_values, None, grad_bias, None, None
+        grads = (grad_query, grad_key, grad_value, grad_prefix_keys, grad_prefix_values)
+        return *grads, None, grad_bias, grad_gate, None, None
 
 
-def _prefix_scores(query: Tensor, prefix_keys: Tensor, prefix_bias: Tensor | None, scaling: float) -> Tensor:
+def _prefix_scores(
+    query: Tensor, prefix_keys: Tensor, prefix_bias: Tensor | None, gate: Tensor | None, scaling: float
+) -> Tensor:
     scores = (query @ prefix_keys.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) * scaling
+    scores = scores if gate is None else scores * gate
     return scores if prefix_bias is None else scores + prefix_bias

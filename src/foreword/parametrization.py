@@ -1,4 +1,4 @@
-"""What is trained of a prefix: its keys and values themselves, or the weights of an MLP that makes them.
+"""What is trained of a prefix: its keys and values themselves, or the weights of an MLP that makes them, and gates.
 
 A `PrefixModule` maps its parameters to `Sites`; `fold()` replaces it by its output. Folding changes no bit of
 the function: it keeps what `forward()` returns.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from foreword.errors import ConfigError, PrefixFormatError
+from foreword.gates import GateOptions, Gates
 from foreword.prefix import Prefix, Site, Sites, SiteShape, SiteTensors
 
 __all__ = ["DirectPrefix", "MLPPrefix", "PrefixModule", "parametrize"]
@@ -24,23 +25,33 @@ HIDDEN = 512
 
 
 class PrefixModule(nn.Module, ABC):
-    """A prefix with parameters. `forward()` gives its sites, differentiable in them; `prefix` is where it began."""
+    """A prefix with parameters. `forward()` gives its sites, differentiable in them; `prefix` is where it began.
+
+    `gates`, where there are some, are trained with it and multiplied into the sites.
+    """
 
     kind: str
+    gates: Gates | None
 
     def __init__(self, prefix: Prefix) -> None:
         super().__init__()
         if not prefix.length:
             raise ConfigError("a prefix of length 0 to train", "at least one slot", "choose a greater length")
         self.prefix = prefix
+        self.gates = None
 
     def options(self) -> dict[str, Any]:
         """What `parametrize` needs, besides the tensors, to make this module again."""
-        return {"kind": self.kind}
+        return {"kind": self.kind} if self.gates is None else {"kind": self.kind, "gates": self.gates.options()}
 
     @abstractmethod
+    def ungated(self) -> Sites:
+        """The keys and values as they are now, before any gate."""
+
     def forward(self) -> Sites:
         """The sites as they are now."""
+        sites = self.ungated()
+        return sites if self.gates is None else self.gates(sites)
 
     def fold(self, keep_training_state: bool = False) -> Prefix:
         """The prefix that this module is now, free of it.
@@ -52,6 +63,9 @@ class PrefixModule(nn.Module, ABC):
             sites = {site: tensors.map(lambda t: t.detach().float().clone()) for site, tensors in self().items()}
         state = self.training_state() if keep_training_state else {}
         metadata = {**self.prefix.metadata, "parametrization": self.options()}
+        metadata.pop("gates", None)
+        if self.gates is not None:
+            metadata["gates"] = {**self.gates.options(), "values": self.gates.values()}
         return replace(self.prefix, sites=sites, metadata=metadata, training_state=state or None)
 
     def training_state(self) -> dict[str, Tensor]:
@@ -102,15 +116,15 @@ class DirectPrefix(PrefixModule):
             _register_masses(self, name, tensors)
 
     def options(self) -> dict[str, Any]:
-        return {"kind": self.kind, "freeze_first_slot": self.freeze_first_slot}
+        return {**super().options(), "freeze_first_slot": self.freeze_first_slot}
 
-    def forward(self) -> Sites:
+    def ungated(self) -> Sites:
         made: Sites = {}
         for name, sites in self.groups:
             keys, values = self._stacked(f"{name}_", "keys"), self._stacked(f"{name}_", "values")
             masses = _masses(self, name, len(sites))
-            for site, *tensors in zip(sites, keys.unbind(0), values.unbind(0), masses, strict=True):
-                made[site] = SiteTensors._make(tensors)
+            for site, key, value, mass in zip(sites, keys.unbind(0), values.unbind(0), masses, strict=True):
+                made[site] = SiteTensors(key, value, mass)
         return {site: made[site] for site in self.prefix.sites}
 
     def _stacked(self, name: str, part: str) -> Tensor:
@@ -120,8 +134,8 @@ class DirectPrefix(PrefixModule):
         return torch.cat([getattr(self, f"{name}first_{part}"), trained], dim=2)
 
     def training_state(self) -> dict[str, Tensor]:
-        """Nothing: the keys and values are the parameters."""
-        return {}
+        """Nothing without gates: the keys and values are the parameters."""
+        return {} if self.gates is None else super().training_state()
 
 
 class MLPPrefix(PrefixModule):
@@ -169,9 +183,9 @@ class MLPPrefix(PrefixModule):
             _register_masses(self, stack, tensors)
 
     def options(self) -> dict[str, Any]:
-        return {"kind": self.kind, "hidden": self.hidden}
+        return {**super().options(), "hidden": self.hidden}
 
-    def forward(self) -> Sites:
+    def ungated(self) -> Sites:
         made: Sites = {}
         geometry = self.prefix.geometry
         for stack, sites in self.stacks.items():
@@ -271,11 +285,15 @@ def parametrize(
     hidden: int | None = None,
     freeze_first_slot: bool | None = None,
     seed: int = 0,
+    gates: GateOptions | None = None,
+    hidden_sizes: Mapping[Site, int] | None = None,
 ) -> PrefixModule:
     """A module that starts at `prefix`: "direct" or "mlp" (`hidden` units, random parts from `seed`).
 
-    A prefix with a training state goes on from it, in its own kind and size; asking for others is a `ConfigError`.
-    What is not asked for is as the prefix was trained last, else direct, 512 hidden units, no frozen slot.
+    With `gates` it is trained with gates, and still starts at the function of `prefix`; those that read the text need
+    `hidden_sizes`, the base model's. A prefix with a training state goes on from it, in its own kind and size, and one
+    that has gates goes on with them; asking for others is a `ConfigError`. What is not asked for is as the prefix was
+    trained last, else direct, 512 hidden units, no frozen slot, no gates.
 
     >>> site = SiteTensors(torch.ones(2, 4, 8), torch.ones(2, 4, 8))
     >>> module = parametrize(Prefix({Site("decoder", 0): site}, "tiny", ""), "mlp", hidden=16)
@@ -286,26 +304,85 @@ def parametrize(
     """
     state = prefix.training_state
     before: dict[str, Any] = prefix.metadata.get("parametrization") or {}
-    if state is not None and before.get("kind") != "mlp":
+    if state is not None and before.get("kind") != "mlp" and "gates" not in before:
         raise PrefixFormatError(
             f"a training state of parametrization {before.get('kind')!r}", "'mlp'", "fold the prefix first"
         )
+    made = _gates(prefix, gates, hidden_sizes)
     if state is not None:
-        _check_same({"kind": kind, "hidden": hidden}, before)
+        _check_same({"kind": kind, "hidden": hidden if before.get("kind") == "mlp" else None}, before)
     elif before.get("kind") == "mlp":
         before = {}  # folded: nothing of the MLP is left
     kind = kind or before.get("kind", "direct")
+    start = prefix if made is None else _before_gates(prefix, made)
+    module: PrefixModule
     if kind == "direct":
         frozen = before.get("freeze_first_slot", False) if freeze_first_slot is None else freeze_first_slot
-        return DirectPrefix(prefix, frozen)
-    if kind != "mlp":
+        module = DirectPrefix(start, frozen)
+    elif kind != "mlp":
         raise ConfigError(f"parametrization {kind!r}", "'direct' or 'mlp'", "choose one of them")
-    if freeze_first_slot:
+    elif freeze_first_slot:
         raise ConfigError("a frozen first slot under an MLP", "the direct parametrization", "leave the first slot free")
-    module = MLPPrefix(prefix, hidden or before.get("hidden", HIDDEN), seed)
+    else:
+        module = MLPPrefix(start, hidden or before.get("hidden", HIDDEN), seed)
+    module.prefix, module.gates = prefix, made
     if state is not None:
         _load(module, state)
     return module
+
+
+def _gates(prefix: Prefix, asked: GateOptions | None, hidden_sizes: Mapping[Site, int] | None) -> Gates | None:
+    """The gates that a prefix is trained with: its own, else those that are asked for."""
+    own = _own_gates(prefix)
+    wanted = None if asked is None or asked.kind == "none" else asked
+    if own is not None and wanted is not None and wanted != own:
+        raise ConfigError(
+            f"gates {wanted.kind!r} for a prefix with {own.kind!r} gates of its own", "the same, or none asked for",
+            "leave them out, or fold the prefix's gates first",
+        )  # fmt: skip
+    options = own or wanted
+    if options is None:
+        return None
+    sizes = dict(hidden_sizes or {})
+    sizes |= {site: t.gate.weight.shape[0] for site, t in prefix.sites.items() if t.gate is not None}
+    missing = [str(site) for site in prefix.sites if site not in sizes]
+    if missing and options.kind == "apt" and options.slots:
+        raise ConfigError(
+            f"apt gates without the hidden size at {missing[0]}", "hidden_sizes of the base model",
+            "pass hidden_sizes=base.hidden_sizes",
+        )  # fmt: skip
+    return Gates(prefix.sites, options, sizes)
+
+
+def _own_gates(prefix: Prefix) -> GateOptions | None:
+    """The gates that a prefix would go on with: those of its training state, or those that its sites still have."""
+    if prefix.training_state is not None:
+        kept = (prefix.metadata.get("parametrization") or {}).get("gates")
+        return None if kept is None else GateOptions(**kept)
+    gated = [tensors.gate for tensors in prefix.sites.values() if tensors.gate is not None]
+    if not gated:
+        return None
+    recorded = prefix.metadata.get("gates")
+    return (
+        GateOptions("apt", pooling=gated[0].pooling)
+        if recorded is None
+        else GateOptions(**{name: value for name, value in recorded.items() if name != "values"})
+    )
+
+
+def _before_gates(prefix: Prefix, gates: Gates) -> Prefix:
+    """The prefix that, multiplied by the gates as they begin, is `prefix`.
+
+    What a training state will be loaded into has a mass of its own only if the state says so; else it is the gates'.
+    """
+    state = prefix.training_state
+    own_mass = state is None or any(name.endswith("_log_mass") for name in state)
+    sites = {}
+    for site, tensors in prefix.sites.items():
+        factor = gates.start_factor(tensors.gate is not None)
+        keys, values = tensors.keys / factor, tensors.values / factor
+        sites[site] = SiteTensors(keys, values, tensors.log_mass if own_mass else None)
+    return replace(prefix, sites=sites)
 
 
 def _check_same(asked: dict[str, Any], before: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ Nothing here knows `transformers`; `foreword.attention` brings these functions i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from foreword.base import BaseModel
 
 __all__ = [
+    "POOLINGS",
+    "Gate",
     "Geometry",
+    "Head",
     "Prefix",
     "Site",
     "SiteShape",
@@ -62,15 +65,33 @@ class SiteShape(NamedTuple):
     value_dim: int
 
 
+# What an input-dependent gate reads: each token by itself, the first token, all tokens, or the prompt's alone.
+POOLINGS = ("token", "cls", "mean", "prompt")
+
+
+class Gate(NamedTuple):
+    """APT's token gate at one site: α = sigmoid(h · weight) in [0, 1], a factor on the keys and values of each slot.
+
+    `weight` is `[hidden, prefix]`. h is what enters the site's attention module: each token by itself (`token`, the
+    only one that is causal), or one vector for the row: its first token (`cls`), the mean of its tokens (`mean`), or
+    the mean of its prompt's tokens (`prompt`, for decoders). Source: APT, arXiv 2305.15212, eq. 3.
+    """
+
+    weight: Tensor
+    pooling: str
+
+
 class SiteTensors(NamedTuple):
     """The prefix at one site: keys `[kv_heads, prefix, key_dim]`, values `[kv_heads, prefix, value_dim]`.
 
-    `log_mass` `[prefix]` is the logarithm of the `mass` gate, added to the slots' attention logits.
+    `log_mass` `[prefix]` is the logarithm of the `mass` gate, added to the slots' attention logits. `gate` depends
+    on the text; gates that do not are already multiplied into keys and values.
     """
 
     keys: Tensor
     values: Tensor
     log_mass: Tensor | None = None
+    gate: Gate | None = None
 
     @property
     def length(self) -> int:
@@ -80,14 +101,48 @@ class SiteTensors(NamedTuple):
     def shape(self) -> SiteShape:
         return SiteShape(self.keys.shape[0], self.keys.shape[2], self.values.shape[2])
 
-    def map(self, function: Any) -> SiteTensors:
+    def named(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        named = {"keys": self.keys, "values": self.values}
+        if self.log_mass is not None:
+            named["log_mass"] = self.log_mass
+        if self.gate is not None:
+            named["gate_weight"] = self.gate.weight
+        return named
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SiteTensors:
         """The same site with `function` applied to every tensor."""
-        mass = None if self.log_mass is None else function(self.log_mass)
-        return SiteTensors(function(self.keys), function(self.values), mass)
+        return self.with_named({name: function(tensor) for name, tensor in self.named().items()})
+
+    def with_named(self, named: Mapping[str, Tensor]) -> SiteTensors:
+        """The same site with other tensors under the names of `named()`."""
+        gate = None if self.gate is None else Gate(named["gate_weight"], self.gate.pooling)
+        return SiteTensors(named["keys"], named["values"], named.get("log_mass"), gate)
+
+    def keep(self, slots: Tensor) -> SiteTensors:
+        """Only these slots: bool `[prefix]`, or their numbers."""
+        mass = None if self.log_mass is None else self.log_mass[slots]
+        gate = None if self.gate is None else Gate(self.gate.weight[:, slots], self.gate.pooling)
+        return SiteTensors(self.keys[:, slots], self.values[:, slots], mass, gate)
 
 
 Geometry = dict[Site, SiteShape]
 Sites = dict[Site, SiteTensors]
+
+
+class Head(NamedTuple):
+    """A linear map from an encoder's last hidden states to labels, trained with a prefix and kept beside it.
+
+    weight `[outputs, hidden]`, bias `[outputs]`. `kind` is `classification` (an output per label), `choice` (one
+    output, compared between options) or `tagging` (an output per label and token). `pooling` says which vector of a
+    row is read: `cls`, `mean`, or `token` for tagging. Source: P-Tuning v2, arXiv 2110.07602.
+    """
+
+    kind: str
+    labels: tuple[str, ...]
+    pooling: str
+    weight: Tensor
+    bias: Tensor
 
 
 @dataclass
@@ -95,8 +150,9 @@ class Prefix:
     """Keys and values for the attention sites of one base model, with what is known of their origin.
 
     `sites` are float32. `position_offset` says how far text positions are shifted while the prefix is in
-    use: 0 is native, the length is PEFT's convention. `training_state` holds what training needs beyond
-    the folded tensors (the reparametrization); `fold()` drops it.
+    use: 0 is native, the length is PEFT's convention. `head` reads an encoder's output where the prefix is for
+    an understanding task. `training_state` holds what training needs beyond the folded tensors (the
+    reparametrization, gates that are multiplied in); `fold()` drops it.
 
     >>> site = SiteTensors(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))
     >>> prefix = Prefix({Site("decoder", 0): site}, base_name="tiny", fingerprint="")
@@ -110,6 +166,7 @@ class Prefix:
     position_offset: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
     training_state: dict[str, Tensor] | None = None
+    head: Head | None = None
 
     @property
     def lengths(self) -> dict[Site, int]:
@@ -128,27 +185,41 @@ class Prefix:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the folded tensors."""
-        return sum(t.numel() for site in self.sites.values() for t in site if t is not None)
+        """Numbers in the folded tensors, the head's not counted."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the folded tensors."""
-        return sum(t.numel() * t.element_size() for site in self.sites.values() for t in site if t is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The folded tensors of all sites, as `decoder.0.keys` and so on."""
+        return {f"{site}.{name}": tensor for site, each in self.sites.items() for name, tensor in each.named().items()}
 
     def fold(self) -> Prefix:
         """The same function without the training state: plain keys, values and masses."""
         sites = {site: tensors.map(lambda t: t.detach().clone()) for site, tensors in self.sites.items()}
         return replace(self, sites=sites, metadata=dict(self.metadata), training_state=None)
 
-    def check_base(self, base_name: str, fingerprint: str, geometry: Geometry) -> None:
-        """Raise `PrefixMismatch` unless this prefix was made for the named base model."""
+    def check_base(
+        self, base_name: str, fingerprint: str, geometry: Geometry, hidden_sizes: Mapping[Site, int] | None = None
+    ) -> None:
+        """Raise `PrefixMismatch` unless this prefix, its gates too, was made for the named base model."""
         for site, shape in self.geometry.items():
             if geometry.get(site) != shape:
                 expected = f"{_describe(geometry[site])} there" if site in geometry else "one of its sites"
                 raise PrefixMismatch(
                     f"prefix for {self.base_name!r} has {_describe(shape)} at {site}, model is {base_name!r}",
                     expected,
+                    f"load its base {self.base_name!r} or train a prefix for {base_name!r}",
+                )
+        for site, tensors in self.sites.items():
+            hidden = None if hidden_sizes is None else hidden_sizes[site]
+            if tensors.gate is not None and hidden is not None and tensors.gate.weight.shape[0] != hidden:
+                raise PrefixMismatch(
+                    f"the gate at {site} reads {tensors.gate.weight.shape[0]} hidden units, {base_name!r} has {hidden}",
+                    "gates of this geometry",
                     f"load its base {self.base_name!r} or train a prefix for {base_name!r}",
                 )
         if self.fingerprint != fingerprint:
@@ -193,12 +264,7 @@ def compact(sites: Mapping[Site, SiteTensors], keep: Mapping[Site, Tensor]) -> S
     >>> compact({site: tensors}, {site: torch.tensor([True, False])})[site].length
     1
     """
-    cut: Sites = {}
-    for site, tensors in sites.items():
-        mask = keep[site]
-        mass = None if tensors.log_mass is None else tensors.log_mass[mask]
-        cut[site] = SiteTensors(tensors.keys[:, mask], tensors.values[:, mask], mass)
-    return cut
+    return {site: tensors.keep(keep[site]) for site, tensors in sites.items()}
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,6 +297,7 @@ def prefix_attention(
     scaling: float,
     text_bias: Tensor | None = None,
     prefix_bias: Tensor | None = None,
+    prefix_gate: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
@@ -240,9 +307,10 @@ def prefix_attention(
     Shapes: query `[batch, heads, tokens, key_dim]`; key, value `[batch, kv_heads, keys, dim]`; prefix_keys,
     prefix_values `[batch or 1, kv_heads, slots, dim]`; text_bias (mask and position bias, additive)
     broadcastable to `[batch, heads, tokens, keys]`; prefix_bias (log mass, -inf where a slot is not the
-    row's) broadcastable to `[batch, heads, tokens, slots]`; sinks `[heads]`, one extra logit per head that takes mass
-    and gives nothing. `softcap` bends the scores of text and prefix alike. Returns
-    `[batch, heads, tokens, value_dim]`. Source: Prefix-Tuning, arXiv 2101.00190, eq. 3.
+    row's) and prefix_gate (α ⊙ [K, V], a factor on each slot's key and value for each query) broadcastable to
+    `[batch, heads, tokens, slots]`; sinks `[heads]`, one extra logit per head that takes mass and gives nothing.
+    `softcap` bends the scores of text and prefix alike. Returns `[batch, heads, tokens, value_dim]`.
+    Sources: Prefix-Tuning, arXiv 2101.00190, eq. 3; APT, arXiv 2305.15212, eq. 4.
     """
     batch, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
@@ -250,7 +318,10 @@ def prefix_attention(
     prefix_keys = prefix_keys.repeat_interleave(groups, 1).expand(batch, -1, -1, -1)
     prefix_values = prefix_values.repeat_interleave(groups, 1).expand(batch, -1, -1, -1)
 
-    scores = torch.cat([query @ prefix_keys.transpose(2, 3), query @ key.transpose(2, 3)], dim=-1) * scaling
+    prefix_scores = query @ prefix_keys.transpose(2, 3)
+    if prefix_gate is not None:
+        prefix_scores = prefix_scores * prefix_gate
+    scores = torch.cat([prefix_scores, query @ key.transpose(2, 3)], dim=-1) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
@@ -270,4 +341,6 @@ def prefix_attention(
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     weights = weights[..., : slots + key.shape[2]].to(value.dtype)
     weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
+    if prefix_gate is not None:
+        weights = torch.cat([weights[..., :slots] * prefix_gate, weights[..., slots:]], dim=-1)
     return weights @ torch.cat([prefix_values, value], dim=2)

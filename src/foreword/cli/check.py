@@ -17,6 +17,11 @@ def check(
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prefixes and texts.")] = 0,
+    gates: Annotated[str, typer.Option(help="Check prefixes with these gates: none, apt, static or mass.")] = "none",
+    gate_pooling: Annotated[
+        str,
+        typer.Option(help="What apt gates read: token, cls, mean or prompt. (default: mean in encoders, else token)"),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Prove on MODEL that prefixes are exact; exits with status 1 if any line fails.
@@ -28,7 +33,7 @@ def check(
 
     base = load_base(model, dtype, device)
     with bar(f"checking {base.name}") as progress:
-        report = run(base, seed=seed, progress=progress)
+        report = run(base, seed=seed, gates=gates, gate_pooling=gate_pooling, progress=progress)
     say(report.table())
     emit(report.to_dict(), as_json)
     if not report.passed:

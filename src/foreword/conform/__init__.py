@@ -20,6 +20,7 @@ from foreword.conform import deciding, reading
 from foreword.conform.report import Line, Report
 from foreword.conform.subject import Checks, NotApplicable, Subject
 from foreword.errors import ConfigError, PrefixError
+from foreword.gates import GateOptions
 
 __all__ = ["CONTRACT", "Line", "Report", "check"]
 
@@ -44,13 +45,16 @@ def check(
     *,
     lines: Iterable[int] | None = None,
     seed: int = 0,
+    gates: str = "none",
+    gate_pooling: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Check the exactness contract on a model: a `BaseModel`, a `transformers` model, or a name to load (float32).
 
-    `lines` chooses among the ten; `seed` draws other texts and prefixes; `progress` is called with (lines done,
-    lines in all). A line that fails, or breaks off with an error, is reported, not raised. The model is left as it
-    was. Raises `UnsupportedModel` for a model that cannot be prefixed.
+    `lines` chooses among the ten; `seed` draws other texts and prefixes; `gates` (none, apt, static, mass) and what apt
+    gates read (`gate_pooling`) say which prefixes are used; `progress` is called with (lines done, lines in all). A
+    line that fails, or breaks off with an error, is reported, not raised. The model is left as it was. Raises
+    `UnsupportedModel` for a model that cannot be prefixed, `ConfigError` for gates that it cannot have.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -61,16 +65,19 @@ def check(
     chosen = sorted(CONTRACT if lines is None else set(lines))
     if not CONTRACT.keys() >= set(chosen):
         raise ConfigError(f"lines {chosen}", f"numbers from 1 to {len(CONTRACT)}", "leave the others out")
+    options = GateOptions(gates, pooling=gate_pooling)
     base = BaseModel.load(target, dtype="float32") if isinstance(target, str) else target
     name = base.name if isinstance(base, BaseModel) else base.config.name_or_path or type(base).__name__
     model: Any = base.model if isinstance(base, BaseModel) else base
     found = []
     with _prepared(model) as attachment:
+        for site in attachment.geometry:
+            options.pooling_at(site, {each.stack for each in attachment.geometry})
         tolerance = _tolerance(Subject(model, attachment, seed))
         for done, number in enumerate(chosen):
             if progress is not None:
                 progress(done, len(chosen))
-            found.append(_line(number, Subject(model, attachment, seed + number), tolerance))
+            found.append(_line(number, Subject(model, attachment, seed + number, options), tolerance))
     if progress is not None:
         progress(len(chosen), len(chosen))
     return Report(name, str(model.dtype).removeprefix("torch."), tolerance, tuple(found))

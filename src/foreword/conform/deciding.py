@@ -108,8 +108,10 @@ def _recomputed(subject: Subject, inputs: Inputs, row: int, written: Tensor, sit
     """The logits `[steps, vocab]` that chose each written token, from one pass without a cache."""
     one = _unpadded(inputs, row)
     if subject.kind == "decoder":
+        prompt = one["input_ids"].shape[1]
         ids = torch.cat([one["input_ids"], written[None, :-1]], 1)
-        one = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        mask = torch.arange(ids.shape[1], device=ids.device)[None] < prompt
+        one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_mask": mask}
     else:
         start = torch.full_like(written[None, :1], _start(subject))
         one["decoder_input_ids"] = torch.cat([start, written[None, :-1]], 1)
@@ -200,7 +202,7 @@ def _gradients(subject: Subject, sites: Sites, inputs: Inputs, weight: Tensor) -
         _loss(subject, sites, inputs, weight)[0].backward()
     empty = torch.zeros(())
     return {
-        site: {"keys": _grad(tensors.keys, empty), "values": _grad(tensors.values, empty)}
+        site: {name: _grad(tensor, empty) for name, tensor in tensors.named().items()}
         for site, tensors in sites.items()
     }
 
@@ -210,19 +212,22 @@ def _grad(tensor: Tensor, empty: Tensor) -> Tensor:
 
 
 def one_step(subject: Subject, checks: Checks) -> None:
-    """Line 7: after one step every key and value of every slot has moved, and no weight of the base has."""
+    """Line 7: after one step every key, value and gate of every slot has moved, and no weight of the base has."""
     inputs, sites = subject.inputs(), _leaves(subject.sites(4))
     state = {**dict(subject.model.named_parameters()), **dict(subject.model.named_buffers())}
     before = {name: tensor.detach().clone() for name, tensor in state.items()}
     started = {site: tensors.map(lambda t: t.detach().clone()) for site, tensors in sites.items()}
     base = [p for p in subject.model.parameters() if p.requires_grad]
     _loss(subject, sites, inputs)[0].backward()
-    groups: list[dict[str, Any]] = [{"params": [t], "lr": _rate(t)} for site in sites.values() for t in site[:2]]
+    leaves = [tensor for site in sites.values() for tensor in site.named().values()]
+    groups: list[dict[str, Any]] = [{"params": [tensor], "lr": _rate(tensor)} for tensor in leaves]
     torch.optim.SGD([*groups, {"params": base}] if base else groups, lr=0.1).step()
     for site, tensors in sites.items():
-        pairs = {"keys": (tensors.keys, started[site].keys), "values": (tensors.values, started[site].values)}
-        for name, (now, then) in pairs.items():
-            moved = now.detach().ne(then).any(-1).float()
+        for name, then in started[site].named().items():
+            moved = tensors.named()[name].detach().ne(then)
+            if name != "log_mass":
+                moved = moved.any(0 if name == "gate_weight" else -1)
+            moved = moved.float()
             checks.worst(f"{name} at {site}: share of slots that stayed", float(1 - moved.mean()), 0.0)
     for name, tensor in state.items():
         checks.true(f"{name} stays", torch.equal(tensor.detach(), before[name]))
@@ -238,9 +243,14 @@ def _rate(tensor: Tensor) -> float:
 
 def folding(subject: Subject, checks: Checks) -> None:
     """Line 8: a folded reparametrization, a slot of mass 0 cut out, and keeping all slots change nothing."""
-    inputs, sites = subject.inputs(), subject.sites(4)
+    inputs, sites, plain = subject.inputs(), subject.sites(4), subject.sites(4, gated=False)
     for kind in ("direct", "mlp"):
-        module = parametrize(Prefix(sites, "", ""), kind).to(subject.model.device)
+        module = parametrize(
+            Prefix(plain, "", ""), kind, gates=subject.gates, hidden_sizes=subject.attachment.hidden_sizes
+        ).to(subject.model.device)
+        if kind == "direct" and subject.gates.kind in ("apt", "static"):
+            want = subject.with_sites(plain, inputs)
+            checks.equal("gates as they begin", subject.with_sites(module(), inputs), want)
         with torch.no_grad():
             for parameter in module.parameters():
                 noise = torch.randn(parameter.shape, generator=subject.generator).to(parameter)
@@ -262,5 +272,5 @@ def folding(subject: Subject, checks: Checks) -> None:
 
 
 def _masses(tensors: SiteTensors, keep: Tensor) -> SiteTensors:
-    mass = torch.zeros(tensors.length).masked_fill_(~keep, float("-inf"))
-    return tensors._replace(log_mass=mass.to(tensors.keys.device))
+    mass = tensors.keys.new_zeros(tensors.length) if tensors.log_mass is None else tensors.log_mass
+    return tensors._replace(log_mass=mass.masked_fill(~keep.to(mass.device), float("-inf")))

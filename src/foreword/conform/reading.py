@@ -54,6 +54,7 @@ def text_as_prefix(subject: Subject, checks: Checks) -> None:
             stack_row = {name: value[row : row + 1] for name, value in hidden.items()}
             more_row = {name: v[row : row + 1] if isinstance(v, Tensor) else v for name, v in more.items()}
             of_row = {site: SiteTensors(keys[row], values[row]) for site, (keys, values) in sites.items()}
+            of_row = subject.open(of_row)
             with subject.attachment.bound(of_row), subject.replaced(stack_row):
                 got.append(_read(subject, subject.output(rows(_cut_inputs(inputs, keep), row), **more_row)))
     checks.equal("X as prefix, then Y", torch.cat(got), want[:, keep[subject.stacks[-1]]])
@@ -155,6 +156,9 @@ def _packing(subject: Subject, checks: Checks) -> None:
     if subject.kind != "decoder" or "position_ids" not in subject.signature:
         checks.note("no packing: only decoders that take position_ids pack")
         return
+    if subject.gates.kind == "apt" and subject.gates.pooling == "prompt":
+        checks.note("no packing: gates that read the prompt want a row for each text")
+        return
     size = subject.tokens
     texts = [subject.inputs(1, size), subject.inputs(1, size - 1)]
     packed = {
@@ -179,8 +183,8 @@ def _packing(subject: Subject, checks: Checks) -> None:
 
 
 def mixed_batch(subject: Subject, checks: Checks) -> None:
-    """Line 5: rows of one batch with prefixes of different length, one without any, equal each alone."""
-    owners: list[Sites | None] = [subject.sites(3), None, subject.sites(5, ragged=True), subject.sites(1)]
+    """Line 5: rows of one batch with prefixes of different length, with gates or not, equal each alone."""
+    owners: list[Sites | None] = [subject.sites(3), None, subject.sites(5, ragged=True), subject.sites(1, gated=False)]
     inputs = subject.inputs(len(owners))
     lengths = [subject.tokens] * len(owners)
     if subject.reads_text:
@@ -224,6 +228,7 @@ def sliding_window(subject: Subject, checks: Checks) -> None:
         with subject.attachment.recording() as recorded:
             want = _read(subject, subject.output(joint, output_hidden_states=True))[:, cut:]
         sites = {site: SiteTensors(keys[0][:, :cut], values[0][:, :cut]) for site, (keys, values) in recorded.items()}
+        sites = subject.open(sites)
         text = {name: value[:, cut:] for name, value in inputs.items()}
         positions = torch.arange(cut, total, device=subject.model.device)[None]
         with subject.attachment.bound(sites):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from foreword.attention import Attachment
 from foreword.families import find_sites
-from foreword.prefix import Prefix, Site, Sites, SiteTensors
+from foreword.gates import GateOptions
+from foreword.prefix import Gate, Prefix, Site, Sites, SiteTensors
 
 __all__ = ["Checks", "Inputs", "NotApplicable", "Subject", "rows"]
 
@@ -71,10 +72,14 @@ class Checks:
 
 
 class Subject:
-    """An attached, frozen model in eval mode with its family, and a generator of everything random."""
+    """An attached, frozen model in eval mode with its family, and a generator of everything random.
 
-    def __init__(self, model: Any, attachment: Attachment, seed: int = 0) -> None:
+    Its prefixes have the gates of `gates`.
+    """
+
+    def __init__(self, model: Any, attachment: Attachment, seed: int = 0, gates: GateOptions | None = None) -> None:
         self.model, self.attachment, self.config = model, attachment, model.config
+        self.gates = gates or GateOptions()
         self.family, self.geometry = attachment.family, attachment.geometry
         self.kind = self.family.kind
         self.generator = torch.Generator().manual_seed(seed)
@@ -148,8 +153,8 @@ class Subject:
         with self.attachment.bound(sites):
             return self.logits(inputs, **more)
 
-    def sites(self, length: int, *, ragged: bool = False) -> Sites:
-        """A random prefix with the mean and spread of this model's own keys and values.
+    def sites(self, length: int, *, ragged: bool = False, gated: bool = True) -> Sites:
+        """A random prefix with the mean and spread of this model's own keys and values, and random gates.
 
         A ragged one has fewer slots from layer to layer.
         """
@@ -164,10 +169,42 @@ class Subject:
             return flat.mean(1, keepdim=True) + noise * flat.std(1, keepdim=True)
 
         lengths = {site: max(1, length - site.layer % 3) if ragged else length for site in self.geometry}
-        return {
-            site: SiteTensors(*(sample(like, lengths[site]) for like in self._statistics[site][:2]))
-            for site in self.geometry
-        }
+        sites: Sites = {}
+        for site, length in lengths.items():
+            keys, values = (sample(like, length) for like in self._statistics[site][:2])
+            sites[site] = SiteTensors(keys, values)
+        return {site: self._gated(site, tensors) for site, tensors in sites.items()} if gated else sites
+
+    def _gated(self, site: Site, tensors: SiteTensors) -> SiteTensors:
+        """The same slots under random gates of the kind that is checked."""
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=self.generator).to(tensors.keys.device)
+
+        if self.gates.kind == "mass":
+            return tensors._replace(log_mass=nn.functional.logsigmoid(noise(tensors.length)))
+        if self.gates.kind == "static":
+            factor = torch.sigmoid(noise(tensors.length))[None, :, None]
+            return tensors._replace(keys=tensors.keys * factor, values=tensors.values * factor)
+        if self.gates.kind == "apt":
+            hidden = self.attachment.hidden_sizes[site]
+            weight = 2 * noise(hidden, tensors.length) / hidden**0.5
+            return tensors._replace(gate=Gate(weight, self.gates.pooling_at(site, {s.stack for s in self.geometry})))
+        return tensors
+
+    def open(self, sites: Sites) -> Sites:
+        """The same function under gates that are there but change nothing: α is 1/2 of what is doubled, g is 1."""
+        opened = {}
+        for site, tensors in sites.items():
+            zeros = tensors.keys.new_zeros
+            if self.gates.kind == "mass":
+                tensors = tensors._replace(log_mass=zeros(tensors.length))
+            elif self.gates.kind == "apt":
+                pooling = self.gates.pooling_at(site, {s.stack for s in self.geometry})
+                gate = Gate(zeros(self.attachment.hidden_sizes[site], tensors.length), pooling)
+                tensors = SiteTensors(2 * tensors.keys, 2 * tensors.values, None, gate)
+            opened[site] = tensors
+        return opened
 
     @contextlib.contextmanager
     def resident(self, owners: Sequence[Sites | None]) -> Iterator[Tensor]:
