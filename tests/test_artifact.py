@@ -27,24 +27,29 @@ from torch import Tensor
 from foreword import artifact
 from foreword.artifact import HEADER, TENSORS, load_prefix, read_header, save_prefix
 from foreword.errors import PrefixFormatError, PrefixMismatch, StorageError
-from foreword.prefix import Prefix, Site, SiteTensors
+from foreword.header import dump_header, parse_header
+from foreword.prefix import Gate, Head, Prefix, Site, SiteTensors
 
 BLANK = "0" * 64
 
 
-def make(length: int = 4, *, fill: float | None = None, mass: bool = False, **fields: Any) -> Prefix:
+def make(length: int = 4, *, fill: float | None = None, mass: bool = False, gate: str = "", **fields: Any) -> Prefix:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(*shape) if fill is None else torch.full(shape, fill)
 
     log_mass = torch.tensor([0.0, -math.inf, *[-0.5] * (length - 2)]) if mass else None
     sites = {
-        Site("decoder", layer): SiteTensors(tensor(2, length, 8), tensor(2, length, 6), log_mass) for layer in (0, 1)
+        Site("decoder", layer): SiteTensors(
+            tensor(2, length, 8), tensor(2, length, 6), log_mass, Gate(tensor(12, length), gate) if gate else None
+        )
+        for layer in (0, 1)
     }
     return Prefix(sites, base_name="tiny", fingerprint="0f" * 32, **fields)
 
 
 def base_for(prefix: Prefix, **changes: Any) -> Any:
     facts = {"name": "tiny", "fingerprint": prefix.fingerprint, "geometry": prefix.geometry, "max_tokens": 64}
+    facts["hidden_sizes"] = dict.fromkeys(prefix.geometry, 12)
     return SimpleNamespace(**{**facts, **changes})
 
 
@@ -55,8 +60,16 @@ def assert_equal(got: Prefix, wanted: Prefix) -> None:
         )
 
     assert list(got.sites) == list(wanted.sites)
-    for site in wanted.sites:
-        assert all(same(a, b) for a, b in zip(got.sites[site], wanted.sites[site], strict=True))
+    for site, tensors in wanted.sites.items():
+        named = got.sites[site].named()
+        assert named.keys() == tensors.named().keys()
+        assert all(same(named[name], tensor) for name, tensor in tensors.named().items())
+        assert (got.sites[site].gate or ("", ""))[1] == (tensors.gate or ("", ""))[1]
+    assert (got.head is None) == (wanted.head is None)
+    if got.head is not None and wanted.head is not None:
+        assert got.head[:3] == wanted.head[:3] and all(
+            same(a, b) for a, b in zip(got.head[3:], wanted.head[3:], strict=True)
+        )
     assert (got.training_state is None) == (wanted.training_state is None)
     state, wanted_state = got.training_state or {}, wanted.training_state or {}
     assert state.keys() == wanted_state.keys()
@@ -66,6 +79,39 @@ def assert_equal(got: Prefix, wanted: Prefix) -> None:
 
 
 # Round trips
+
+
+def test_gates_and_head_come_back(tmp_path: Path) -> None:
+    head = Head("classification", ("no", "yes", "maybe"), "mean", torch.randn(3, 12), torch.randn(3))
+    for name, prefix in {"gate": make(gate="cls", mass=True), "head": make(gate="token", head=head)}.items():
+        save_prefix(prefix, tmp_path / name)
+        assert_equal(load_prefix(tmp_path / name, base_for(prefix)), prefix)
+
+
+def test_gates_of_another_width_are_refused(tmp_path: Path) -> None:
+    prefix = make(gate="mean")
+    save_prefix(prefix, tmp_path / "p")
+    other = base_for(prefix, hidden_sizes=dict.fromkeys(prefix.geometry, 16))
+    with pytest.raises(PrefixMismatch, match="the gate at decoder.0 reads 12 hidden units, 'tiny' has 16; expected"):
+        load_prefix(tmp_path / "p", other)
+
+
+@pytest.mark.parametrize("mass", [False, True])
+def test_version_1_is_read(tmp_path: Path, mass: bool) -> None:
+    prefix = make(mass=mass)
+    save_prefix(prefix, tmp_path / "p")
+
+    def older(header: dict[str, Any]) -> None:
+        header["format_version"] = 1
+        del header["head"]
+        for row in header["sites"].values():
+            row["gate"] = "mass" if row.pop("mass") else "none"
+
+    rewrite(tmp_path / "p", older)
+    assert_equal(load_prefix(tmp_path / "p"), prefix)
+    save_prefix(load_prefix(tmp_path / "p"), tmp_path / "p")
+    assert read_header(tmp_path / "p")["format_version"] == 2
+
 
 NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -128,6 +174,15 @@ def test_named_metadata_views_and_gradients(tmp_path: Path) -> None:
     assert loaded.metadata == {**metadata, "pair": [1, 2]}
     assert torch.equal(loaded.sites[Site("decoder", 0)].values, block[1])
     assert not loaded.sites[Site("decoder", 0)].keys.requires_grad
+
+
+def test_new_metadata_beside_the_same_tensors_is_kept(tmp_path: Path) -> None:
+    prefix = make()
+    for metrics in ({"bleu": 1.0}, {"bleu": 2.0}):
+        prefix.metadata = {"metrics": metrics}
+        save_prefix(prefix, tmp_path / "p")
+        assert load_prefix(tmp_path / "p").metadata == {"metrics": metrics}
+    assert sorted(file.name for file in (tmp_path / "p").iterdir()) == [HEADER, TENSORS]
 
 
 def test_the_same_prefix_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -208,10 +263,12 @@ def drop(*path: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-ROW = {"length": 0, "kv_heads": 2, "key_dim": 8, "value_dim": 6, "gate": "none"}
+ROW = {"length": 0, "kv_heads": 2, "key_dim": 8, "value_dim": 6, "mass": False, "gate": None}
+GATE = {"pooling": "mean", "hidden": 12}
+HEAD = {"kind": "choice", "labels": ["1", "2"], "pooling": "cls", "outputs": 1, "hidden": 12}
 
 HEADERS = {
-    "future": (put("format_version", value=2), "has format version 2; expected version 1; update foreword"),
+    "future": (put("format_version", value=3), "has format version 3; expected version 2 or older; update foreword"),
     "version 0": (put("format_version", value=0), "format_version is 0"),
     "version true": (put("format_version", value=True), "format_version is True"),
     "no version": (drop("format_version"), "has no 'format_version'"),
@@ -238,13 +295,25 @@ HEADERS = {
     "overlong": (put("sites", "decoder.0", "length", value=65537), "length is 65537; expected a whole number from 0"),
     "no heads": (put("sites", "decoder.0", "kv_heads", value=0), "kv_heads is 0"),
     "no gate": (drop("sites", "decoder.0", "gate"), "has no 'gate'"),
-    "gate unknown": (put("sites", "decoder.0", "gate", value="apt"), "gate is 'apt'; expected 'none' or 'mass'"),
-    "gate a list": (put("sites", "decoder.0", "gate", value=[]), "gate is a list; expected text"),
+    "no mass": (drop("sites", "decoder.0", "mass"), "has no 'mass'"),
+    "mass a text": (put("sites", "decoder.0", "mass", value="yes"), "mass is text; expected true or false"),
+    "gate a list": (put("sites", "decoder.0", "gate", value=[]), "gate is a list; expected a JSON object"),
+    "pooling unknown": (
+        put("sites", "decoder.0", "gate", value={**GATE, "pooling": "max"}), "pooling is 'max'; expected 'token' or"
+    ),
+    "no hidden units": (put("sites", "decoder.0", "gate", value={**GATE, "hidden": 0}), "hidden is 0"),
+    "no head": (drop("head"), "has no 'head'"),
+    "head a text": (put("head", value="x"), "head is text"),
+    "head kind": (put("head", value={**HEAD, "kind": "x"}), "kind is 'x'; expected 'classification' or 'choice'"),
+    "head labels": (put("head", value={**HEAD, "labels": []}), "labels is .*; expected a list of texts"),
+    "head outputs": (put("head", value={**HEAD, "outputs": 2}), "outputs is 2; expected 1"),
+    "head added": (put("head", value=HEAD), "lacks tensor 'head.bias'"),
     "length wrong": (put("sites", "decoder.0", "length", value=5), r"\[2, 4, 8\]; expected float32 \[2, 5, 8\]"),
     "dim wrong": (put("sites", "decoder.0", "key_dim", value=6), r"\[2, 4, 8\]; expected float32 \[2, 4, 6\]"),
     "site dropped": (drop("sites", "decoder.1"), "has the unknown tensor 'decoder.1.keys'"),
     "site added": (put("sites", "decoder.2", value=ROW), "lacks tensor 'decoder.2.keys'"),
-    "gate added": (put("sites", "decoder.0", "gate", value="mass"), "lacks tensor 'decoder.0.log_mass'"),
+    "mass added": (put("sites", "decoder.0", "mass", value=True), "lacks tensor 'decoder.0.log_mass'"),
+    "gate added": (put("sites", "decoder.0", "gate", value=GATE), "lacks tensor 'decoder.0.gate_weight'"),
     "training added": (put("training", value={"w": {"dtype": "float32", "shape": []}}), "lacks tensor 'training.w'"),
     "training dtype": (put("training", value={"w": {"dtype": "complex", "shape": []}}), "dtype is 'complex'"),
     "training shape": (put("training", value={"w": {"dtype": "bool", "shape": [-1]}}), "a list of sizes"),
@@ -533,9 +602,9 @@ def test_saving_and_loading_are_quick(tmp_path: Path) -> None:
 def test_the_page_about_the_format_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[1] / "docs" / "prefix-format.md").read_text(encoding="utf-8")
     example, code = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("json", "python"))
-    header = artifact._parse(example.encode(), Path("example"))
-    assert artifact._dump({**header, "header_sha256": BLANK}) == example
-    prefix = make(mass=True)
+    header = parse_header(example.encode(), Path("example"))
+    assert dump_header({**header, "header_sha256": BLANK}) == example
+    prefix = make(mass=True, gate="token")
     save_prefix(prefix, tmp_path / "out" / "e2e")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
