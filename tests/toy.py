@@ -18,6 +18,8 @@ class ToyTask:
     """Prompts of one to four words; the completion is the first of them."""
 
     name = "toy"
+    kind = "generation"
+    labels: tuple[str, ...] = ()
     instruction = "Say the first word again."
     metrics = ("bleu",)
     max_new_tokens = 8

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from foreword.errors import ConfigError
 from foreword.metrics.bootstrap import interval
+from foreword.metrics.classes import Accuracy, EntityF1, MacroF1
 from foreword.metrics.metric import Metric, Targets
 from foreword.metrics.ngram import Bleu, ChrfPlusPlus
 from foreword.metrics.overlap import Coverage, ExactMatch, RougeL, field_values
@@ -13,14 +14,17 @@ from foreword.metrics.overlap import Coverage, ExactMatch, RougeL, field_values
 __all__ = [
     "Bleu",
     "Metric",
+    "accuracy",
     "bleu",
     "bootstrap_interval",
     "chrf",
     "coverage",
+    "entity_f1",
     "exact_match",
     "field_values",
     "get_metric",
     "list_metrics",
+    "macro_f1",
     "rouge_l",
 ]
 
@@ -29,15 +33,20 @@ chrf = ChrfPlusPlus()
 rouge_l = RougeL()
 coverage = Coverage()
 exact_match = ExactMatch()
+accuracy = Accuracy()
+macro_f1 = MacroF1()
+entity_f1 = EntityF1()
 
-_METRICS: dict[str, Metric] = {metric.name: metric for metric in (bleu, chrf, rouge_l, coverage, exact_match)}
+_METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (bleu, chrf, rouge_l, coverage, exact_match, accuracy, macro_f1, entity_f1)
+}
 
 
 def list_metrics() -> list[Metric]:
     """All metrics, each with its `name`, `description`, `needs` and `higher_is_better`.
 
     >>> [metric.name for metric in list_metrics()]
-    ['bleu', 'chrf++', 'rouge_l', 'coverage', 'exact_match']
+    ['bleu', 'chrf++', 'rouge_l', 'coverage', 'exact_match', 'accuracy', 'macro_f1', 'entity_f1']
     """
     return list(_METRICS.values())
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from foreword.errors import DataError
 
-__all__ = ["Metric", "Numbers", "Targets"]
+__all__ = ["Mean", "Metric", "Numbers", "Targets"]
 
 Numbers = NDArray[np.float64]
 
@@ -47,6 +47,14 @@ class Metric(ABC):
     @abstractmethod
     def score(self, sums: Numbers) -> float:
         """The score of a corpus whose rows' numbers add up to `sums`."""
+
+
+class Mean(Metric):
+    """The mean of one number per row, or of one number per item where rows have several, in percent."""
+
+    def score(self, sums: Numbers) -> float:
+        total, count = sums.tolist()
+        return 100.0 * float(total) / float(count) if count else 100.0
 
 
 def _check(hypotheses: Sequence[str], targets: Targets, needs: str) -> None:

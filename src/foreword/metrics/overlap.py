@@ -5,21 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from foreword.metrics.metric import Metric, Numbers, Targets
+from foreword.metrics.metric import Mean, Targets
 from foreword.optional import optional
 
 __all__ = ["Coverage", "ExactMatch", "RougeL", "field_values"]
 
 
-class _Mean(Metric):
-    """The mean of one number per row, or of one number per item where rows have several, in percent."""
-
-    def score(self, sums: Numbers) -> float:
-        total, count = sums.tolist()
-        return 100.0 * float(total) / float(count) if count else 100.0
-
-
-class RougeL(_Mean):
+class RougeL(Mean):
     """ROUGE-L F1 (Lin 2004) of the package rouge-score with Porter's stemmer, against each row's best reference."""
 
     name = "rouge_l"
@@ -34,7 +26,7 @@ class RougeL(_Mean):
         ]
 
 
-class ExactMatch(_Mean):
+class ExactMatch(Mean):
     """The share of rows that equal one of their references, but for case and spaces.
 
     >>> ExactMatch()(["Yes ", "no"], [["yes"], ["yes", "maybe"]])
@@ -51,7 +43,7 @@ class ExactMatch(_Mean):
         ]
 
 
-class Coverage(_Mean):
+class Coverage(Mean):
     """The share of source field values that appear in the output, as whole words, but for case and spaces.
 
     A source is a linearised prompt, "name : Aromi | eatType : pub". Values that are put into other words, such as

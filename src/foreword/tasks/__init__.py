@@ -1,20 +1,42 @@
-"""Tasks: raw rows in, examples with prompt, completion and references out. No torch here."""
+"""Tasks: raw rows in, examples out: prompts with completions, texts with labels, words with tags. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from inspect import signature
 from typing import Any
 
 from foreword.errors import ConfigError
+from foreword.tasks.classification import ag_news, sst2, trec
+from foreword.tasks.conll import ConllFiles
 from foreword.tasks.e2e import E2E
 from foreword.tasks.files import FileTask
-from foreword.tasks.task import Example, SkippedRow, Split, Task
+from foreword.tasks.labelled_files import LabelledFiles
+from foreword.tasks.ner import NER, ner
+from foreword.tasks.shots import FewShot
+from foreword.tasks.superglue import SUPERGLUE, fewglue, superglue
+from foreword.tasks.task import AnyExample, Example, Labelled, SkippedRow, Split, Tagged, Task
 from foreword.tasks.trails import Trails
 
-__all__ = ["E2E", "Example", "FileTask", "SkippedRow", "Split", "Task", "Trails", "get_task", "list_tasks"]
+__all__ = [
+    "E2E", "AnyExample", "ConllFiles", "Example", "FewShot", "FileTask", "Labelled", "LabelledFiles", "SkippedRow",
+    "Split", "Tagged", "Task", "Trails", "get_task", "list_tasks",
+]  # fmt: skip
 
-_TASKS: dict[str, Callable[..., Task]] = {"e2e": E2E, "files": FileTask, "trails": Trails}
+_TASKS: dict[str, Callable[..., Task]] = {
+    "e2e": E2E,
+    "files": FileTask,
+    "labelled": LabelledFiles,
+    "conll": ConllFiles,
+    "trails": Trails,
+    "sst2": sst2,
+    "trec": trec,
+    "ag_news": ag_news,
+    **{name: partial(superglue, name) for name in SUPERGLUE},
+    **{f"fewglue-{name}": partial(fewglue, name) for name in SUPERGLUE},
+    **{name: partial(ner, name) for name in NER},
+}
 
 
 def list_tasks() -> list[str]:

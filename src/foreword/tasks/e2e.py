@@ -39,6 +39,8 @@ class E2E:
     """
 
     name = "e2e"
+    kind = "generation"
+    labels: tuple[str, ...] = ()
     instruction = "Describe the restaurant in one or two fluent sentences that state all of the given facts."
     metrics: tuple[str, ...] = ("bleu", "chrf++")
     max_new_tokens = 80

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from foreword.errors import DataError
@@ -21,29 +22,47 @@ Row = dict[str, Any]
 
 
 class HubSource(NamedTuple):
-    """A data set on the Hugging Face hub: its splits by our names, its columns by theirs."""
+    """A data set on the Hugging Face hub: its splits by our names, its columns by theirs.
+
+    `config` is one of its configurations and `folder` one of its folders, which take the place of configurations in
+    `refs/convert/parquet`. Numbers that stand for names become those names: the data set's own or, by our name of the
+    column, those of `names`.
+    """
 
     repository: str
     splits: Mapping[str, str]
     columns: Mapping[str, str]
     revision: str | None = None
+    config: str | None = None
+    folder: str | None = None
+    names: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
-def dataset_rows(dataset: str, split: str, hub: HubSource) -> tuple[Iterator[Row], str]:
+def dataset_rows(
+    dataset: str, split: str, hub: HubSource | None, *, file: str | None = None, action: str = ""
+) -> tuple[Iterator[Row], str]:
     """The rows of `dataset` and the name of their source.
 
-    Read from `{FOREWORD_DATA}/{dataset}/{split}.parquet` where that variable is set, otherwise from the hub.
+    Read from `{FOREWORD_DATA}/{dataset}/{split}.parquet`, or `file` in that folder, where that variable is set,
+    otherwise from the hub. `action` is what to do when the file is missing.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
-        return _hub_rows(split, hub), f"{hub.repository} ({hub.splits[split]})"
-    name = f"{dataset}/{split}.parquet"
-    path = Path(folder) / dataset / f"{split}.parquet"
+        if hub is None:
+            raise DataError(
+                f"{FOLDER_VARIABLE} is not set and {dataset} is not on the hub",
+                "a folder of parquet files",
+                f"set {FOLDER_VARIABLE} to one",
+            )
+        part = f"{hub.config or hub.folder}, " if hub.config or hub.folder else ""
+        return _hub_rows(split, hub), f"{hub.repository} ({part}{hub.splits[split]})"
+    name = file or f"{dataset}/{split}.parquet"
+    path = Path(folder) / name
     if not path.is_file():
         raise DataError(
             f"no file {name} in the folder of {FOLDER_VARIABLE}",
             "a folder with one parquet file per split",
-            f"correct {FOLDER_VARIABLE} or unset it to read from the hub",
+            action or f"correct {FOLDER_VARIABLE} or unset it to read from the hub",
         )
     return parquet_rows(path, name), name
 
@@ -90,8 +109,10 @@ def packaged_rows(dataset: str, split: str) -> Iterator[Row]:
 
 def _hub_rows(split: str, hub: HubSource) -> Iterator[Row]:
     datasets = optional("datasets", "data")
+    options = {"name": hub.config, "data_dir": hub.folder}
+    given = {option: value for option, value in options.items() if value is not None}
     try:
-        table = datasets.load_dataset(hub.repository, split=hub.splits[split], revision=hub.revision)
+        table = datasets.load_dataset(hub.repository, split=hub.splits[split], revision=hub.revision, **given)
     except Exception as error:  # the hub's client raises errors of a dozen packages
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
@@ -99,5 +120,21 @@ def _hub_rows(split: str, hub: HubSource) -> Iterator[Row]:
             "a connection or a local copy",
             f"set {FOLDER_VARIABLE} to a folder of parquet files",
         ) from None
+    features = getattr(table, "features", None) or {}
+    names = {ours: hub.names.get(ours) or _names(features.get(theirs)) for theirs, ours in hub.columns.items()}
     for row in table:
-        yield {ours: row.get(theirs) for theirs, ours in hub.columns.items()}
+        yield {ours: _named(row.get(theirs), names[ours]) for theirs, ours in hub.columns.items()}
+
+
+def _names(feature: Any) -> Sequence[str] | None:
+    """The names behind the numbers of a column, or of a column of lists, if it has any."""
+    return getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+
+
+def _named(value: Any, names: Sequence[str] | None) -> Any:
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    # hidden labels are -1, and stay what they are
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

@@ -16,7 +16,7 @@ from foreword.errors import ConfigError, DataError
 from foreword.tasks.source import Row, parquet_columns, parquet_rows
 from foreword.tasks.task import SkippedRow
 
-__all__ = ["FORMATS", "check_file", "table_columns", "table_rows"]
+__all__ = ["FORMATS", "check_exists", "check_file", "read_lines", "table_columns", "table_rows"]
 
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".csv": ",", ".tsv": "\t", ".parquet": "parquet"}
 
@@ -29,6 +29,11 @@ def check_file(path: Path) -> None:
     """Raise unless the path is a file with a known extension."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"file {path}", "an extension of " + ", ".join(FORMATS), "convert or rename the file")
+    check_exists(path)
+
+
+def check_exists(path: Path) -> None:
+    """Raise unless the path is a file."""
     if not path.is_file():
         found = "is not a file" if path.exists() else "does not exist"
         raise DataError(f"{path} {found}", "a file of rows", "correct the path")
@@ -63,7 +68,7 @@ def table_rows(path: Path, columns: Collection[str]) -> Rows:
 
 
 def _json_rows(path: Path) -> Rows:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -90,7 +95,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
 
 
 def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]] | SkippedRow]:
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
     number = 0
     while True:
         number += 1
@@ -112,7 +117,7 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]] | Ski
                 yield number, record
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     """The decoded lines of a file, with their ends."""
     try:
         with path.open("rb") as file:

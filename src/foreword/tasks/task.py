@@ -7,11 +7,16 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from foreword.errors import ConfigError, DataError
 
-__all__ = ["SPLITS", "Example", "SkippedRow", "Split", "Task", "check_split", "collect"]
+__all__ = [
+    "KINDS", "SPLITS", "AnyExample", "Example", "Labelled", "SkippedRow", "Split", "Tagged", "Task", "check_split",
+    "collect",
+]  # fmt: skip
+
+KINDS = ("generation", "classification", "choice", "tagging")
 
 SPLITS = ("train", "dev", "test")
 
@@ -32,6 +37,43 @@ class Example(NamedTuple):
     row: int
 
 
+class Labelled(NamedTuple):
+    """One text, pair of texts, or set of options, with its label.
+
+    `texts` is what an encoder reads: one entry (a text or a pair) for classification, one for each option of a
+    multiple choice. `prompt` is what a decoder reads; its continuation is one of `candidates`: a word for each label
+    of the task, in their order, or the options. The right one is `candidates[task.labels.index(label)]`.
+
+    >>> example = Labelled("sst2-train-1", (("a joy",),), "positive", "a joy\\n", ("negative", "positive"), 1)
+    >>> example.candidates[("negative", "positive").index(example.label)]
+    'positive'
+    """
+
+    id: str
+    texts: tuple[tuple[str, ...], ...]
+    label: str
+    prompt: str
+    candidates: tuple[str, ...]
+    row: int
+
+
+class Tagged(NamedTuple):
+    """The words of one sentence with a BIO tag for each.
+
+    >>> Tagged("wnut17-1", ("In", "New", "York"), ("O", "B-location", "I-location"), 1).tags[1]
+    'B-location'
+    """
+
+    id: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    row: int
+
+
+AnyExample: TypeAlias = Example | Labelled | Tagged
+_E = TypeVar("_E", Example, Labelled, Tagged)
+
+
 class SkippedRow(NamedTuple):
     """A row that cannot be used, with the reason.
 
@@ -47,7 +89,9 @@ class SkippedRow(NamedTuple):
 class Split:
     """The examples of one split, the rows left out, and where they came from.
 
-    `sha256` is the hash of the examples themselves, so that it is the same wherever they were read from.
+    The examples are of one type, which goes with the `kind` of the task: `Example` for generation, `Labelled` for
+    classification and choice, `Tagged` for tagging. `sha256` is the hash of the examples themselves, so that it is the
+    same wherever they were read from.
 
     >>> split = Split("dev", [Example("a", "x\\n", "y", ("y",), 1)], source="example.jsonl")
     >>> len(split.examples), split.sha256[:8]
@@ -55,7 +99,7 @@ class Split:
     """
 
     name: str
-    examples: list[Example]
+    examples: list[Any]  # Example, Labelled or Tagged, as the kind of the task says
     skipped: list[SkippedRow] = field(default_factory=list)
     sha256: str = ""
     source: str = ""
@@ -67,15 +111,21 @@ class Split:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.examples)
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Anything that yields examples; `instruction` is the text that a prefix may be initialised from."""
+    """Anything that yields examples.
+
+    `kind` is one of `KINDS`. `labels` are () for generation, "1", "2", ... for choice, and for tagging every BIO tag,
+    "O" first. `instruction` is the text that a prefix may be initialised from; the first metric selects models.
+    """
 
     name: str
+    kind: str
+    labels: tuple[str, ...]
     instruction: str
     metrics: tuple[str, ...]
     max_new_tokens: int
@@ -94,14 +144,14 @@ def check_split(name: str, limit: int | None) -> None:
 
 
 def collect(
-    rows: Iterable[Example | SkippedRow], limit: int | None, strict: bool, source: str
-) -> tuple[list[Example], list[SkippedRow]]:
+    rows: Iterable[_E | SkippedRow], limit: int | None, strict: bool, source: str
+) -> tuple[list[_E], list[SkippedRow]]:
     """The first `limit` examples of a stream and the rows skipped before them; `strict` stops at a skipped row."""
     skipped: list[SkippedRow] = []
 
-    def usable() -> Iterator[Example]:
+    def usable() -> Iterator[_E]:
         for row in rows:
-            if isinstance(row, Example):
+            if not isinstance(row, SkippedRow):
                 yield row
             elif strict:
                 raise DataError(
@@ -113,7 +163,7 @@ def collect(
     return list(islice(usable(), limit)), skipped
 
 
-def _digest(examples: Iterable[Example]) -> str:
+def _digest(examples: Iterable[AnyExample]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(list(example), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")

@@ -26,6 +26,8 @@ class Trails:
     """
 
     name = "trails"
+    kind = "generation"
+    labels: tuple[str, ...] = ()
     instruction = "Describe the trail in one or two fluent sentences that state all of the given facts."
     metrics: tuple[str, ...] = ("bleu", "chrf++", "coverage")
     max_new_tokens = 96
