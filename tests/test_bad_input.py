@@ -118,7 +118,7 @@ def _no_slots(folder: Path) -> None:
         (_nan, "holds NaN"),
         (_disguise, "is a pickle"),
         (_disguise_well, "is a pickle"),
-        (lambda folder: _edit_header(folder, format_version=2), "has format version 2; expected version 1"),
+        (lambda folder: _edit_header(folder, format_version=9), "has format version 9; expected version 2 or older"),
         (_no_slots, "length 0 at every site"),
     ],
 )

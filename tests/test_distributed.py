@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.labels import LabelToy
 from tests.tiny import tiny_base
-from tests.toy import ToyTask, toy_config, toy_train
+from tests.toy import ToyTask, toy_config
 
 from foreword.prefix import Prefix
+from foreword.train import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,23 +29,37 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp": {"shard": True},
     "fsdp_saving": {"shard": True, "gradient_checkpointing": True, "micro_batch_size": 2},
     "fsdp_encoder_decoder": {"shard": True, "model": "t5"},
+    "ddp_head": {"model": "bert", "kind": "classification", "head_dropout": 0.3},
+    "fsdp_head": {"model": "roberta", "kind": "tagging", "shard": True, "gates": "apt"},
+    "fsdp_label_words": {"kind": "choice", "shard": True, "micro_batch_size": 3, "batch_size": 9},
 }
+
+
+def tensors_of(prefix: Prefix) -> dict[str, torch.Tensor]:
+    """All that was trained."""
+    head = {} if prefix.head is None else {"weight": prefix.head.weight, "bias": prefix.head.bias}
+    return {**prefix.tensors(), **head}
+
+
+def task_of(options: dict[str, Any]) -> Any:
+    """The toy task of a run, which is taken out of its options."""
+    kind = options.pop("kind", None)
+    return ToyTask() if kind is None else LabelToy(kind)
 
 
 def main(out: Path) -> None:
     """What each process does: all runs, one after the other."""
     from foreword.errors import RunError
-    from foreword.train import train
 
     torch.set_num_threads(1)
     facts: dict[str, Any] = {}
     for name, options in RUNS.items():
         options = dict(options)
-        base = tiny_base(options.pop("model", "llama"))
+        base, task = tiny_base(options.pop("model", "llama")), task_of(options)
         local = {n: p.numel() for n, p in base.model.named_parameters()}
-        result = train(base, None, ToyTask(), toy_config(**options), out=out / name)
+        result = train(base, None, task, toy_config(**options), out=out / name)
         held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in base.model.parameters())
-        digest = sum(float(t.double().sum()) for site in result.prefix.sites.values() for t in site if t is not None)
+        digest = sum(float(t.double().sum()) for t in tensors_of(result.prefix).values())
         facts[name] = {"held": held / sum(local.values()), "digest": digest, "metrics": result.metrics}
     # An error of the first process is raised in all, and a finished run is returned to all.
     try:
@@ -85,11 +101,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 def test_two_processes_equal_one(name: str, results: tuple[Path, list[dict[str, Any]]]) -> None:
     out, facts = results
     options = {option: value for option, value in RUNS[name].items() if option != "shard"}
-    alone = toy_train(**options)
-    together = Prefix.load(out / name / "prefix", tiny_base(options.get("model", "llama")))
-    for site, tensors in alone.prefix.sites.items():
-        torch.testing.assert_close(together.sites[site].keys, tensors.keys, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(together.sites[site].values, tensors.values, rtol=1e-5, atol=1e-5)
+    base, task = tiny_base(options.pop("model", "llama")), task_of(options)
+    alone = train(base, None, task, toy_config(**options))
+    together = tensors_of(Prefix.load(out / name / "prefix", base))
+    assert together.keys() == tensors_of(alone.prefix).keys()
+    for part, tensor in tensors_of(alone.prefix).items():
+        torch.testing.assert_close(together[part], tensor, rtol=1e-5, atol=2e-5)
+    assert facts[0][name]["metrics"]["best_dev_score"] == alone.metrics["best_dev_score"]
     assert facts[0][name]["digest"] == facts[1][name]["digest"]
     assert facts[0][name]["metrics"]["best_dev_loss"] == pytest.approx(alone.metrics["best_dev_loss"], rel=1e-5)
     assert facts[0][name]["metrics"]["tokens"] == alone.metrics["tokens"]

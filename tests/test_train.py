@@ -30,7 +30,7 @@ from foreword.errors import (
 )
 from foreword.parallel import Processes
 from foreword.prefix import Prefix, Sites
-from foreword.runs import find_prefix
+from foreword.runs import RunFolder, find_prefix
 from foreword.tasks import Split
 from foreword.train import learning_rate, train
 
@@ -235,6 +235,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.undo()
     resumed = train(base, None, ToyTask(), toy_config(checkpoint_seconds=0), out=tmp_path / "run")
     assert difference(resumed.prefix, toy_train().prefix) == 0
+
+
+def test_the_best_prefix_is_written_with_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first at once, then when the state is saved, and the last one; never one that is not the best so far."""
+    saved: list[int] = []
+    original = RunFolder.save_prefix
+
+    def save(folder: RunFolder, prefix: Prefix) -> None:
+        saved.append(prefix.metadata["metrics"]["step"])
+        original(folder, prefix)
+
+    monkeypatch.setattr(RunFolder, "save_prefix", save)
+    quiet = toy_train(tmp_path / "quiet", checkpoint_seconds=3600)
+    assert saved == [3, 9] == [3, quiet.metrics["best_step"]]
+    saved.clear()
+    toy_train(tmp_path / "often", checkpoint_seconds=0)
+    assert saved == [3, 6, 9]
+    assert (tmp_path / "quiet/prefix/prefix.safetensors").read_bytes() == (
+        tmp_path / "often/prefix/prefix.safetensors"
+    ).read_bytes()
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

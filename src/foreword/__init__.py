@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from foreword.conform import check
     from foreword.evaluate import Evaluation, evaluate
     from foreword.parametrization import parametrize
+    from foreword.predict import predict
     from foreword.prefix import Prefix
     from foreword.tasks import get_task
     from foreword.train import TrainResult, train
@@ -65,6 +66,7 @@ __all__ = [
     "evaluate",
     "get_task",
     "parametrize",
+    "predict",
     "prefix_ids",
     "train",
 ]
@@ -81,6 +83,7 @@ _HOMES = {
     "evaluate": "foreword.evaluate",
     "get_task": "foreword.tasks",
     "parametrize": "foreword.parametrization",
+    "predict": "foreword.predict",
     "prefix_ids": "foreword.attention",
     "train": "foreword.train",
 }

@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,8 +20,9 @@ from foreword.fingerprint import fingerprint
 from foreword.loss import completion_nats
 from foreword.packaged import ensure_packaged, packaged_models
 from foreword.prefix import Geometry, Prefix, Site, Sites
+from foreword.streaming import Streamer, cut_at
 
-__all__ = ["BaseModel", "Score"]
+__all__ = ["BaseModel", "Prefixes", "Score", "pad_rows"]
 
 Prefixes = Prefix | Sequence[Prefix | None] | None
 
@@ -106,6 +106,11 @@ class BaseModel:
     def geometry(self) -> Geometry:
         """The sites of this model and the shapes of their keys and values."""
         return self.attachment.geometry
+
+    @property
+    def hidden_sizes(self) -> dict[Site, int]:
+        """The width of what enters the attention at every site, which gates read."""
+        return self.attachment.hidden_sizes
 
     @property
     def fingerprint(self) -> str:
@@ -215,16 +220,62 @@ class BaseModel:
             for name in names:
                 bank.remove(name)
 
-    def completion_loss(self, batch: dict[str, Tensor], sites: Sites) -> tuple[Tensor, int]:
-        """Negative log-likelihood in nats, summed over completion tokens, and their number; differentiable in `sites`.
+    @contextlib.contextmanager
+    def reading(self, read: Sites | Prefixes, batch: int) -> Iterator[dict[str, Tensor]]:
+        """Inside, a forward pass with the yielded arguments reads sites (differentiably), a prefix, or one per row."""
+        if isinstance(read, dict):
+            with self.attachment.bound(read):
+                yield {}
+        else:
+            with self.rows(read, batch) as ids:
+                yield {"prefix_ids": ids}
+
+    def hidden_states(self, batch: dict[str, Tensor], read: Sites | Prefixes = None) -> Tensor:
+        """An encoder's last hidden states `[batch, tokens, hidden]`, whether it has a head of its own or not.
+
+        `batch` has `input_ids` and `attention_mask` `[batch, tokens]`; it may have `token_type_ids`. Differentiable in
+        the sites that are read.
+        """
+        if self.family.kind != "encoder":
+            raise UnsupportedModel(f"hidden states of {self.name!r}, a {self.family.kind}", "an encoder")
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        backbone = self.model.base_model
+        with self.reading(read, len(batch["input_ids"])) as given:
+            if backbone is self.model:
+                return cast(Tensor, self.model(**batch, **given)["last_hidden_state"])
+            seen: list[Tensor] = []
+            first = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+            first[0, 0] = True  # a head over the vocabulary is not wanted and computed at one token only
+            handles = [
+                backbone.register_forward_hook(lambda _, __, output: seen.append(output[0])),
+                # What was seen is the whole model's output: a sharded model waits for the gradient of that.
+                self.model.register_forward_hook(lambda *_: seen[0], prepend=True),
+            ]
+            try:
+                with self._logits_at(first):
+                    return cast(Tensor, self.model(**batch, **given))
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def completion_loss(self, batch: dict[str, Tensor], read: Sites | Prefixes) -> tuple[Tensor, int]:
+        """Negative log-likelihood in nats, summed over completion tokens, and their number; differentiable in sites.
 
         `batch` has `input_ids`, `attention_mask` and `labels` `[batch, tokens]`, -100 outside the completion;
         rows are padded on the right. Logits are computed at completion tokens alone.
         """
+        logits, targets, _ = self.completion_logits(batch, read)
+        return completion_nats(logits, targets), len(targets)
+
+    def completion_logits(self, batch: dict[str, Tensor], read: Sites | Prefixes) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits `[tokens, vocab]` at a batch's completion tokens, row after row; their targets and rows `[tokens]`.
+
+        `batch` is as for `completion_loss`; differentiable in the sites that are read.
+        """
         inputs, targets, wanted = self._split_labels(batch)
-        with self.attachment.bound(sites), self._logits_at(wanted):
-            logits = self.model(**inputs)["logits"]
-        return completion_nats(logits.flatten(0, -2), targets[wanted]), int(wanted.sum())
+        with self.reading(read, len(wanted)) as given, self._logits_at(wanted):
+            logits = self.model(**inputs, **given)["logits"].flatten(0, -2)
+        return logits, targets[wanted], wanted.nonzero()[:, 0]
 
     def _split_labels(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """Model inputs, the targets of every position, and which positions are wanted, each `[batch, tokens]`."""
@@ -240,6 +291,8 @@ class BaseModel:
         if self.family.kind == "encoder-decoder":
             inputs["decoder_input_ids"] = self._shift_right(labels)
             return inputs, labels, labels != -100
+        # Gates that read the prompt must not see what comes after it.
+        inputs["prompt_mask"] = (labels == -100) & batch["attention_mask"].bool()
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return inputs, targets, targets != -100
 
@@ -259,7 +312,10 @@ class BaseModel:
         def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0][wanted][None], *args[1:])
 
-        head = cast(nn.Module, self.model.get_output_embeddings())
+        head: nn.Module | None = self.model.get_output_embeddings()
+        if head is None:
+            yield
+            return
         handle = head.register_forward_pre_hook(select)
         try:
             yield
@@ -292,13 +348,11 @@ class BaseModel:
         scores: list[Score] = []
         for start in range(0, len(encoded), batch_size):
             part = slice(start, start + batch_size)
-            inputs, targets, wanted = self._split_labels(self.collate(encoded[part]))
-            with self.rows(each[part], len(wanted)) as ids, self._logits_at(wanted):
-                logits = self.model(prefix_ids=ids, **inputs)["logits"].flatten(0, -2).float()
-            nats = nn.functional.cross_entropy(logits, targets[wanted], reduction="none")
-            rows = wanted.nonzero()[:, 0]
-            sums = torch.zeros(len(wanted), device=nats.device).index_add_(0, rows, nats)
-            scores += [Score(*pair) for pair in zip(sums.tolist(), wanted.sum(1).tolist(), strict=True)]
+            logits, targets, rows = self.completion_logits(self.collate(encoded[part]), each[part])
+            nats = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            sums = torch.zeros(len(encoded[part]), device=nats.device).index_add_(0, rows, nats)
+            counts = torch.bincount(rows, minlength=len(sums))
+            scores += [Score(*pair) for pair in zip(sums.tolist(), counts.tolist(), strict=True)]
             if progress is not None:
                 progress(len(scores), len(encoded))
         return scores
@@ -310,9 +364,9 @@ class BaseModel:
         inputs = [prompt + completion if joint else prompt for prompt, completion in encoded]
         labels = [[-100] * len(prompt) * joint + completion for prompt, completion in encoded]
         return {
-            "input_ids": _pad(inputs, pad),
-            "attention_mask": _pad([[1] * len(row) for row in inputs], 0),
-            "labels": _pad(labels, -100),
+            "input_ids": pad_rows(inputs, pad),
+            "attention_mask": pad_rows([[1] * len(row) for row in inputs], 0),
+            "labels": pad_rows(labels, -100),
         }
 
     @torch.no_grad()
@@ -362,10 +416,10 @@ class BaseModel:
             for start in range(0, len(encoded), size):
                 rows = list(order[start : start + size])
                 if on_text is not None:
-                    extra["streamer"] = _Streamer(self.tokenizer, rows[0], stop, on_text)
+                    extra["streamer"] = Streamer(self.tokenizer, rows[0], stop, on_text)
                 outputs = self._generate_rows([encoded[r] for r in rows], [each[r] for r in rows], config, extra)
                 for row, ids in zip(rows, outputs, strict=True):
-                    texts[row] = _cut(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
+                    texts[row] = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
                 if progress is not None:
                     progress(min(start + size, len(encoded)), len(encoded))
         return texts
@@ -376,8 +430,8 @@ class BaseModel:
         """New token ids of one batch; decoders are padded on the left."""
         joint = self.family.kind == "decoder"
         pad = self.tokenizer.pad_token_id
-        ids = _pad(encoded, pad, left=joint).to(self.device)
-        mask = _pad([[1] * len(row) for row in encoded], 0, left=joint).to(self.device)
+        ids = pad_rows(encoded, pad, left=joint).to(self.device)
+        mask = pad_rows([[1] * len(row) for row in encoded], 0, left=joint).to(self.device)
         stored = self.model.generation_config
         with self.rows(prefixes, len(encoded)) as prefix_ids:
             self.model.generation_config = config  # `generate` fills what a configuration leaves open from this one
@@ -430,39 +484,6 @@ class BaseModel:
                 )  # fmt: skip
 
 
-class _Streamer(BaseStreamer):
-    """Hands over text as soon as its characters are whole and cannot begin a stop string."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, row: int, stop: Sequence[str], on_text: Callable[[int, str], None]
-    ) -> None:
-        self.tokenizer, self.row, self.stop, self.on_text = tokenizer, row, stop, on_text
-        self.ids: list[int] = []
-        self.printed = 0
-        self.prompt_seen = False
-
-    def put(self, value: Tensor) -> None:
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        self.ids += value.flatten().tolist()
-        self._hand_over(last=False)
-
-    def end(self) -> None:
-        self._hand_over(last=True)
-
-    def _hand_over(self, last: bool) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not last:  # a character whose bytes are not all there yet
-            return
-        whole = _cut(text, self.stop)
-        held = 0 if last else max((len(mark) for mark in self.stop), default=1) - 1
-        ready = len(whole) if len(whole) < len(text) else len(text) - held
-        if ready > self.printed:
-            self.on_text(self.row, whole[self.printed : ready])
-            self.printed = ready
-
-
 def _each(prefixes: Prefixes, rows: int) -> list[Prefix | None]:
     if prefixes is None or isinstance(prefixes, Prefix):
         return [prefixes] * rows
@@ -471,16 +492,11 @@ def _each(prefixes: Prefixes, rows: int) -> list[Prefix | None]:
     return list(prefixes)
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """Rows of ids as one tensor `[rows, longest]`, filled up with `value`."""
     width = max(len(row) for row in rows)
     filler = [[value] * (width - len(row)) for row in rows]
     return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, filler, strict=True)])
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first stop string."""
-    ends = [place for mark in stop if (place := text.find(mark)) >= 0]
-    return text[: min(ends)] if ends else text
 
 
 def _model_class(config: Any, family: Family) -> Any:

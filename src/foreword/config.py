@@ -30,10 +30,14 @@ def _option(
     high: float = math.inf,
     above: float | None = None,
     neutral: bool = False,
+    special: bool = False,
 ) -> Any:
-    """A field: `low <= value <= high`, `value > above`; `neutral` options leave the trained prefix as it is."""
-    metadata = {"help": text, "choices": choices, "low": low, "high": high, "above": above, "neutral": neutral}
-    return field(default=default, metadata=metadata)
+    """A field: `low <= value <= high`, `value > above`.
+
+    `neutral` options leave the trained prefix as it is; `special` ones do so at their default.
+    """
+    metadata = {"help": text, "choices": choices, "low": low, "high": high, "above": above}
+    return field(default=default, metadata={**metadata, "neutral": neutral, "special": special})
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,43 @@ class TrainConfig:
         choices=("text", "words", "vocab", "random"),
     )
     text: str = _option("", "The text or words of a new prefix. Empty: the task's instruction.")
+    length_factor: float = _option(
+        1.0, "Multiplies the length; 1.5 gives as many parameters as gates would add.", above=0.0, special=True
+    )
     parametrization: str = _option(
         "direct", "Train the keys and values themselves, or an MLP that makes them.", choices=("direct", "mlp")
     )
     hidden_size: int = _option(512, "Width of the MLP's hidden layer.", low=1)
     freeze_first_slot: bool = _option(False, "Keep the first slot, the attention sink, as it was born.")
+    gates: str = _option(
+        "none",
+        "Factors on the slots: of the text and the layer (adaptive prefixes, APT), the same for all texts, or on each "
+        "slot's share of the attention (for pruning).",
+        choices=("none", "apt", "static", "mass"),
+        special=True,
+    )
+    slot_gates: bool = _option(True, "With gates apt or static: a factor on each slot.", special=True)
+    layer_gates: bool = _option(True, "With gates apt or static: a factor on each layer.", special=True)
+    gate_pooling: str = _option(
+        "",
+        "What gates of the text read: each token itself, the first token, the mean of all, or of the prompt. Empty: "
+        "mean in encoders, token in decoders.",
+        choices=("", "token", "cls", "mean", "prompt"),
+        special=True,
+    )
+    layer_gate_start: float = _option(2.0, "The factor on each layer at the beginning.", special=True)
+    head_pooling: str = _option(
+        "auto",
+        "What the head on an encoder reads of a text: the first token or the mean of all. auto: mean.",
+        choices=("auto", "cls", "mean"),
+        special=True,
+    )
+    head_dropout: float = _option(
+        0.1, "Share of what the head reads that is dropped in training.", low=0.0, high=0.9, special=True
+    )
+    max_tokens: int = _option(
+        128, "Longest text that an encoder reads; more is cut off. 0: the model's own limit.", low=0, special=True
+    )
     epochs: int = _option(10, "Passes over the training rows.", low=1)
     max_steps: int = _option(0, "Optimizer steps, whatever epochs says. 0: as many as the epochs have.", low=0)
     batch_size: int = _option(10, "Rows per optimizer step, over all processes.", low=1)
@@ -71,6 +107,10 @@ class TrainConfig:
         0, "Rows per forward pass and process; less saves memory and changes no result. 0: the whole batch.", low=0
     )
     learning_rate: float = _option(5e-3, "Peak learning rate of AdamW.", above=0.0)
+    gate_learning_rate: float = _option(
+        0.0, "Peak learning rate of the gates. 0: learning_rate.", low=0.0, special=True
+    )
+    head_learning_rate: float = _option(0.0, "Peak learning rate of the head. 0: learning_rate.", low=0.0, special=True)
     beta1: float = _option(0.9, "AdamW's decay of the gradient's mean.", low=0.0, high=0.9999)
     beta2: float = _option(0.999, "AdamW's decay of the squared gradient's mean.", low=0.0, high=0.999999)
     weight_decay: float = _option(0.0, "AdamW's weight decay.", low=0.0)
@@ -82,13 +122,21 @@ class TrainConfig:
     )
     clip: float = _option(1.0, "Largest norm of the gradient. 0: no limit.", low=0.0)
     patience: int = _option(
-        3, "Stop after so many measurements of the dev loss in a row without a new best. 0: never.", low=0
+        3, "Stop after so many measurements on the dev rows in a row without a new best. 0: never.", low=0
     )
-    eval_every: int = _option(0, "Steps from one measurement of the dev loss to the next. 0: after every epoch.", low=0)
+    eval_every: int = _option(0, "Steps from one measurement on the dev rows to the next. 0: after every epoch.", low=0)
+    select: str = _option(
+        "auto",
+        "What the best prefix is best in on the dev rows. auto: the task's first metric where labels are predicted, "
+        "else the loss.",
+        choices=("auto", "loss", "score"),
+        special=True,
+    )
+    shots: int = _option(0, "Train on so many rows of each label, drawn by the seed. 0: all rows.", low=0, special=True)
     train_limit: int = _option(0, "Train on the first rows only. 0: all.", low=0)
-    dev_limit: int = _option(100, "Measure the dev loss on the first rows only. 0: all.", low=0)
+    dev_limit: int = _option(100, "Measure on the first dev rows only. 0: all.", low=0)
     strict: bool = _option(False, "Stop at the first row that cannot be used, not skip it.")
-    seed: int = _option(0, "Seed of the initialisation and of the order of the rows.", low=0, high=2**63 - 1)
+    seed: int = _option(0, "Seed of the initialisation, of drawn rows and of their order.", low=0, high=2**63 - 1)
     precision: str = _option(
         "auto",
         "Precision of the base model; the prefix is always float32. auto: as stored.",
@@ -156,8 +204,14 @@ class TrainConfig:
         return "\n".join(lines) + "\n"
 
     def decisive(self) -> dict[str, Any]:
-        """The options that decide what the trained prefix is."""
-        return {o.name: getattr(self, o.name) for o in dataclasses.fields(self) if not o.metadata["neutral"]}
+        """The options that decide what the trained prefix is.
+
+        >>> "gates" in TrainConfig().decisive(), TrainConfig(gates="apt").decisive()["gates"]
+        (False, 'apt')
+        """
+        fields = [option for option in dataclasses.fields(self) if not option.metadata["neutral"]]
+        values = {option.name: getattr(self, option.name) for option in fields}
+        return {o.name: values[o.name] for o in fields if not (o.metadata["special"] and values[o.name] == o.default)}
 
 
 def _converted(option: dataclasses.Field[Any], value: Any) -> Any:

@@ -7,9 +7,9 @@ again at any batch. No model here, and no tensors.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreword.errors import DataError
 from foreword.tasks import SkippedRow, Split
@@ -17,9 +17,10 @@ from foreword.tasks import SkippedRow, Split
 if TYPE_CHECKING:
     from foreword.base import BaseModel
 
-__all__ = ["Rows", "encode_split", "epoch_batches", "micro_batches", "ordered_batches"]
-
-Encoded = tuple[list[int], list[int]]
+__all__ = [
+    "Encoded", "Rows", "encode_split", "epoch_batches", "micro_batches", "ordered_batches", "usable_rows",
+    "why_unusable",
+]  # fmt: skip
 
 # Batches are sorted by length within windows of this many, and lengths are blurred by this share before, so
 # that little is padded and yet no epoch has the same batches as another.
@@ -27,20 +28,31 @@ _WINDOW = 50
 _BLUR = 0.2
 
 
+class Encoded(NamedTuple):
+    """One row as a model reads it: `tokens` long, or the reason why it cannot be used; `cut` if it was longer."""
+
+    values: Any
+    tokens: int
+    reason: str = ""
+    cut: bool = False
+
+
 @dataclass(frozen=True)
 class Rows:
-    """A split as (prompt ids, completion ids), with the rows that could not be used."""
+    """The usable rows of a split as a model reads them, their tokens and examples, and the rows left out.
 
-    encoded: list[Encoded]
+    `encoded` are pairs of (prompt ids, completion ids), or what the objective of the task makes of a row; `cut` says
+    how many of them were too long and are read in part.
+    """
+
+    encoded: list[Any]
+    lengths: list[int]
+    examples: list[Any] = field(default_factory=list)
     skipped: list[SkippedRow] = field(default_factory=list)
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.encoded)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of prompt and completion together, row by row."""
-        return [len(prompt) + len(completion) for prompt, completion in self.encoded]
 
 
 def encode_split(
@@ -50,36 +62,59 @@ def encode_split(
     strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rows:
-    """Token ids of a split's usable rows; `strict` raises `DataError` at the first that is not usable.
+    """Prompts and completions of a split as token ids; rows that are empty or too long are left out.
 
-    A row is left out if its prompt or completion is empty or it is longer than the model allows. `DataError`
-    if none is left.
+    `strict` raises `DataError` at the first row that is not usable; so does a split without any that is.
     """
-    encoded: list[Encoded] = []
-    skipped = list(split.skipped)
-    for number, example in enumerate(split.examples, start=1):
-        prompt, completion = base.encode(example.prompt, example.completion)
-        reason = _unusable(len(prompt), len(completion), base.max_tokens, base.family.kind == "decoder")
-        if not reason:
-            encoded.append((prompt, completion))
+    return usable_rows(split, _pairs(base, split), strict=strict, progress=progress)
+
+
+def usable_rows(
+    split: Split,
+    encoded: Iterable[Encoded],
+    *,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rows:
+    """The encoded examples of a split without those that have a reason not to be used; errors as `encode_split`."""
+    rows = Rows([], [], [], list(split.skipped))
+    cut = 0
+    for number, (example, row) in enumerate(zip(split.examples, encoded, strict=True), start=1):
+        if not row.reason:
+            rows.encoded.append(row.values)
+            rows.lengths.append(row.tokens)
+            rows.examples.append(example)
+            cut += row.cut
         elif strict:
-            raise DataError(f"row {example.row} of {split.source or split.name}: {reason}")
+            raise DataError(f"row {example.row} of {split.source or split.name}: {row.reason}")
         else:
-            skipped.append(SkippedRow(example.row, reason))
+            rows.skipped.append(SkippedRow(example.row, row.reason))
         if progress is not None:
             progress(number, len(split.examples))
-    if not encoded:
-        why = f" (row {skipped[0].row}: {skipped[0].reason})" if skipped else ""
+    if not rows.encoded:
+        why = f" (row {rows.skipped[0].row}: {rows.skipped[0].reason})" if rows.skipped else ""
         raise DataError(
-            f"no usable row in {split.source or split.name}, {len(skipped)} skipped{why}",
+            f"no usable row in {split.source or split.name}, {len(rows.skipped)} skipped{why}",
             "at least one",
             "check the columns and the lengths",
         )
-    return Rows(encoded, skipped)
+    return replace(rows, cut=cut)
 
 
-def _unusable(prompt: int, completion: int, limit: int | None, joint: bool) -> str:
-    """Why a row of so many tokens cannot be used; empty if it can."""
+def _pairs(base: BaseModel, split: Split) -> Iterator[Encoded]:
+    joint = base.family.kind == "decoder"
+    for example in split.examples:
+        prompt, completion = base.encode(example.prompt, example.completion)
+        reason = why_unusable(len(prompt), len(completion), base.max_tokens, joint)
+        yield Encoded((prompt, completion), len(prompt) + len(completion), reason)
+
+
+def why_unusable(prompt: int, completion: int, limit: int | None, joint: bool) -> str:
+    """Why a row of so many tokens cannot be used; empty if it can.
+
+    >>> why_unusable(60, 5, 64, joint=True)
+    '65 tokens are longer than the model allows (64)'
+    """
     if not prompt or not completion:
         return f"{'completion' if prompt else 'prompt'} has no tokens"
     longest = prompt + completion if joint else max(prompt, completion)

@@ -1,4 +1,4 @@
-"""Evaluation: generate for every row of a split, score against the references, with bootstrap intervals."""
+"""Evaluation: what is written or predicted for every row of a split, and its scores with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from foreword.base import BaseModel
+from foreword.data import Rows, ordered_batches
+from foreword.errors import ConfigError, DataError, PrefixError
+from foreword.frozen import frozen_training
 from foreword.metrics import bootstrap_interval, get_metric
+from foreword.objectives import HeadOptions, Objective, Prediction, objective_of
 from foreword.prefix import Prefix
+from foreword.runs import provenance
 from foreword.storage import write_atomic
-from foreword.tasks import Example, Task, get_task
+from foreword.tasks import Example, Labelled, Split, Tagged, Task, get_task
 
-__all__ = ["Evaluation", "Interval", "Output", "evaluate", "score_outputs"]
+__all__ = ["Evaluation", "Interval", "Output", "evaluate", "objective_for", "predictions", "score_outputs"]
 
 
 class Interval(NamedTuple):
@@ -31,19 +36,26 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """What the model wrote for one row."""
+    """What the model wrote or predicted for one row; tags are joined by spaces.
+
+    `probability` is that of the predicted label among all labels (of tags: the mean), None for text that was written.
+    """
 
     id: str
     prompt: str
     text: str
     references: tuple[str, ...]
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of one base model, with or without a prefix, on one split, and every text behind them.
 
-    `nats_per_token` is the mean cost of each row's first reference; `seconds` the wall time of generating.
+    The cost of the right answers is `nats_per_token` of each row's first reference, or `nats_per_label` where a head
+    predicts labels; `seconds` is the wall time of generating or predicting. `parameters` counts the prefix and the
+    head. `cut_rows` were too long and read in part, `skipped_rows` could not be used. `record` says where and with
+    what this was computed.
     """
 
     base: str
@@ -53,10 +65,14 @@ class Evaluation:
     data_sha256: str
     skipped_rows: int
     scores: dict[str, Interval]
-    nats_per_token: float
+    nats_per_token: float | None
     seconds: float
     generation: dict[str, Any]
     outputs: list[Output] = field(repr=False)
+    nats_per_label: float | None = None
+    cut_rows: int = 0
+    parameters: dict[str, int] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self, outputs: bool = True) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -70,6 +86,22 @@ class Evaluation:
     def save(self, path: str | Path) -> None:
         """Write everything, the texts included, as one JSON file."""
         write_atomic(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read what `save` wrote; `DataError` if it is something else."""
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+            plain["scores"] = {name: Interval(**score) for name, score in plain["scores"].items()}
+            plain["outputs"] = [Output(**{**row, "references": tuple(row["references"])}) for row in plain["outputs"]]
+            del plain["rows"]
+            return cls(**plain)
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path} ({error.strerror})", "scores that were saved", "check the path"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path} holds no evaluation", "scores that were saved", "evaluate again") from None
 
 
 def evaluate(
@@ -85,13 +117,29 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     **generation: Any,
 ) -> Evaluation:
-    """Generate for the first `limit` rows of a split, through `prefix` or through nothing, and score.
+    """Write or predict for the first `limit` rows of a split, through `prefix` or through nothing, and score.
 
-    `generation` goes to `BaseModel.generate` (greedy when empty); `max_new_tokens` and stop strings are the
-    task's unless given.
+    `generation` goes to `BaseModel.generate` (greedy when empty); `max_new_tokens` and stop strings are the task's
+    unless given. For tasks with labels the label is predicted: by the prefix's head on an encoder, which has to have
+    one, else as the likeliest candidate after the prompt. Raises `ConfigError`, `DataError`, `PrefixError`,
+    `UnsupportedModel`.
     """
     task = get_task(task) if isinstance(task, str) else task
+    objective = (
+        objective_for(base, prefix, task) if task.kind != "generation" or base.family.kind == "encoder" else None
+    )
     data = task.split(split, limit=limit, strict=strict)
+    told = None if prefix is None else str(prefix.metadata.get("name") or prefix.metadata.get("task") or "prefix")
+    named: dict[str, Any] = {
+        "base": base.name, "prefix": told, "task": task.name, "split": split, "data_sha256": data.sha256,
+        "parameters": _parameters(prefix),
+        "record": {**provenance(base.device), "dtype": str(base.dtype).removeprefix("torch."), **_training(prefix)},
+    }  # fmt: skip
+    if objective is not None:
+        if generation or max_new_tokens is not None:
+            given = ", ".join([*generation, *(["max_new_tokens"] if max_new_tokens is not None else [])])
+            raise ConfigError(f"{given} for task {task.name!r}", "no options of generation", "labels are predicted")
+        return _evaluate_labels(objective, prefix, data, named, strict, batch_size, progress)
     options = {"max_new_tokens": max_new_tokens or task.max_new_tokens, "stop": list(task.stop), **generation}
     prompts = [example.prompt for example in data.examples]
     start = time.perf_counter()
@@ -100,11 +148,6 @@ def evaluate(
     costs = base.score(prompts, [example.completion for example in data.examples], prefix, batch_size=batch_size)
     texts = [text.strip() for text in texts]
     return Evaluation(
-        base=base.name,
-        prefix=None if prefix is None else str(prefix.metadata.get("name") or prefix.metadata.get("task") or "prefix"),
-        task=task.name,
-        split=split,
-        data_sha256=data.sha256,
         skipped_rows=len(data.skipped),
         scores=score_outputs(task.metrics, texts, data.examples),
         nats_per_token=sum(cost.nats for cost in costs) / max(1, sum(cost.tokens for cost in costs)),
@@ -114,7 +157,95 @@ def evaluate(
             Output(example.id, example.prompt, text, example.references)
             for example, text in zip(data.examples, texts, strict=True)
         ],
+        **named,
     )
+
+
+def objective_for(base: BaseModel, prefix: Prefix | None, task: Task) -> Objective:
+    """What predicts labels; an encoder needs a head that was trained for them."""
+    head = None if prefix is None else prefix.head
+    max_tokens = HeadOptions.max_tokens if prefix is None else prefix.metadata.get("max_tokens", HeadOptions.max_tokens)
+    objective = objective_of(base, task, HeadOptions(max_tokens=max_tokens), head)
+    if objective.head is not None and head is None:
+        what = "the untouched encoder" if prefix is None else "a prefix"
+        action = "evaluate a trained prefix by itself" if prefix is None else f"train one for {task.name}"
+        raise PrefixError(f"{what} without a head predicts no labels", "a prefix trained for the task", action)
+    return objective
+
+
+def _parameters(prefix: Prefix | None) -> dict[str, int]:
+    if prefix is None:
+        return {"prefix": 0, "head": 0}
+    head = 0 if prefix.head is None else prefix.head.weight.numel() + prefix.head.bias.numel()
+    return {"prefix": prefix.num_parameters, "head": head}
+
+
+def _training(prefix: Prefix | None) -> dict[str, Any]:
+    """The options and the seed that a prefix was trained with, where it says so."""
+    training = {} if prefix is None else prefix.metadata.get("training") or {}
+    return {"seed": training.get("seed"), "training": training} if training else {}
+
+
+def _evaluate_labels(
+    objective: Objective,
+    prefix: Prefix | None,
+    data: Split,
+    named: dict[str, Any],
+    strict: bool,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Evaluation:
+    start = time.perf_counter()
+    rows = objective.encode(data, strict=strict)
+    nats, units, found = predictions(objective, rows, prefix, batch_size, progress)
+    seconds = time.perf_counter() - start
+    answers = [objective.answer(each) for each in found]
+    references = [(objective.right(example),) for example in rows.examples]
+    scores = {}
+    for name in objective.task.metrics:
+        metric = get_metric(name)
+        scores[name] = Interval(metric(answers, references), *bootstrap_interval(metric, answers, references))
+    cost = nats / max(units, 1)
+    outputs = [
+        Output(example.id, _shown(example), answer, right, each.probability)
+        for example, answer, right, each in zip(rows.examples, answers, references, found, strict=True)
+    ]
+    return Evaluation(
+        skipped_rows=len(rows.skipped), cut_rows=rows.cut, scores=scores, seconds=seconds, generation={},
+        outputs=outputs,
+        nats_per_token=cost if objective.unit == "token" else None,
+        nats_per_label=cost if objective.unit == "label" else None,
+        **named,
+    )  # fmt: skip
+
+
+def predictions(
+    objective: Objective,
+    rows: Rows,
+    prefix: Prefix | None,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, int, list[Prediction]]:
+    """The cost of the right answers, their tokens or labels, and what is predicted, in the order of the rows."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size}", "at least 1", "correct it")
+    nats, units = 0.0, 0
+    found: dict[int, Prediction] = {}
+    with frozen_training(objective.base.model):
+        for batch in ordered_batches(rows.lengths, batch_size):
+            measured = objective.measure(rows, batch, prefix)
+            nats, units = nats + measured.nats, units + measured.units
+            found.update(zip(batch, measured.predictions, strict=True))
+            if progress is not None:
+                progress(len(found), len(rows))
+    return nats, units, [found[row] for row in range(len(rows))]
+
+
+def _shown(example: Labelled | Tagged) -> str:
+    """What is read of a row, for people."""
+    if isinstance(example, Tagged):
+        return " ".join(example.words)
+    return " | ".join(" / ".join(text) for text in example.texts)
 
 
 def score_outputs(metrics: Sequence[str], texts: Sequence[str], examples: Sequence[Example]) -> dict[str, Interval]:

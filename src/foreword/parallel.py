@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -9,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from foreword.errors import ConfigError, ForewordError, MissingPackage, UnsupportedModel
@@ -51,6 +52,12 @@ class Processes:
         if self.count == 1:
             return list(numbers)
         return self.sum([torch.tensor(numbers, dtype=torch.float64, device=self.device)])[0].tolist()
+
+    def merged(self, values: dict[int, T]) -> dict[int, T]:
+        """The entries of all processes, in all of them."""
+        if self.count == 1:
+            return values
+        return dict(gather_object(list(values.items())))
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process, in all of them; its `ForewordError` is raised in all of them."""
@@ -97,7 +104,13 @@ def shard_model(model: nn.Module, processes: Processes) -> Callable[[], None]:
     if processes.count == 1:
         raise ConfigError("shard in a single process", "several processes", "start with torchrun or accelerate launch")
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    counts = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+    layers = [
+        module
+        for module in model.modules()
+        # Tied weights, as those of embeddings and a head over the vocabulary, stay together in the outermost group.
+        if type(module).__name__ in names and all(counts[id(weight)] == 1 for weight in module.parameters())
+    ]
     if not layers:
         raise UnsupportedModel(f"layers of {type(model).__name__} are not known", "a model that can be sharded")
     mesh = init_device_mesh(processes.device.type, (processes.count,))

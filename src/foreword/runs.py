@@ -1,10 +1,11 @@
 """The run folder: what was trained, with what, how it went, and where to take it up again.
 
     config.json         options, versions, command, base model, data and their hashes, device
-    metrics.jsonl       one line per optimizer step and per measurement of the dev loss
+    metrics.jsonl       one line per optimizer step and per measurement on the dev rows
     state.safetensors   everything that the next step depends on; a run resumes from here
-    prefix/             the best prefix so far, loadable at any time
-    summary.json        status, best dev loss, wall time, tokens per second, peak memory
+    prefix/             the best prefix when the state was saved last, loadable at any time
+    summary.json        status, best dev loss and score, wall time, tokens per second, peak memory
+    evaluation.json     scores on the test rows and what was written or predicted for each, once evaluated
     lock                held while a process works in the folder
 
 Every file appears by a rename, whole or not at all; lines after the state are cut off when a run resumes.
@@ -40,10 +41,10 @@ if sys.platform != "win32":
     import fcntl
     import resource
 
-__all__ = ["RunFolder", "State", "find_prefix", "peak_memory_bytes", "provenance"]
+__all__ = ["EVALUATION", "SUMMARY", "RunFolder", "State", "find_prefix", "is_run", "peak_memory_bytes", "provenance"]
 
-CONFIG, METRICS, STATE, PREFIX, SUMMARY, LOCK = (
-    "config.json", "metrics.jsonl", "state.safetensors", "prefix", "summary.json", "lock",
+CONFIG, METRICS, STATE, PREFIX, SUMMARY, LOCK, EVALUATION = (
+    "config.json", "metrics.jsonl", "state.safetensors", "prefix", "summary.json", "lock", "evaluation.json",
 )  # fmt: skip
 _FORMAT = 1
 
@@ -164,21 +165,32 @@ class RunFolder:
         """Remove a former run, its configuration last, so that a half-cleared folder is still known as a run."""
         with storage_errors(self.path):
             shutil.rmtree(self.prefix, ignore_errors=True)
-            for name in (SUMMARY, STATE, METRICS, CONFIG):
+            for name in (EVALUATION, SUMMARY, STATE, METRICS, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
 
 
 def find_prefix(path: str | Path) -> Path:
     """The prefix folder that `path` is, or the best prefix of the run folder that it is.
 
-    Raises `RunError` for a run without a prefix yet; any other path is returned for the loader to judge.
+    Raises `RunError` for a run without a prefix yet and for runs of several seeds; any other path is returned for the
+    loader to judge.
     """
     path = Path(path)
-    if (path / CONFIG).is_file() and (path / METRICS).exists():
+    seeds = sorted(folder.name for folder in path.glob("seed*") if is_run(folder))
+    if seeds and not is_run(path):
+        raise RunError(
+            f"{path} holds runs of {len(seeds)} seeds", f"one of them, such as {path / seeds[0]}", "name that one"
+        )
+    if is_run(path):
         if not (path / PREFIX).is_dir():
             raise RunError(f"run {path} has no prefix yet", "a measured dev loss", "let the run go on")
         return path / PREFIX
     return path
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a single run."""
+    return (path / CONFIG).is_file() and (path / METRICS).exists()
 
 
 def provenance(device: object) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 The base model never holds a trainable parameter. Each step reads the prefix's sites once, lays detached copies
 (leaves) before the attention, and takes the leaves' gradients back through the prefix's parametrization. Only
-these small gradients are summed over micro-batches and processes, so how a batch is cut changes no more than
-the rounding. A step depends on the state and on its number alone: the one random thing, the order of the rows,
-is a function of seed and epoch. So a run that was killed and taken up again ends with the same bytes.
+these small gradients, and those of a head, are summed over micro-batches and processes, so how a batch is cut
+changes no more than the rounding. A step depends on the state and on its number alone: the random things, the order
+of the rows and what a head drops, are functions of seed, step and row. So a run that was killed and taken up again
+ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import signal
 import threading
@@ -24,16 +24,24 @@ import torch
 from torch import Tensor
 
 from foreword.base import BaseModel
+from foreword.begin import (
+    begin_module,
+    begin_objective,
+    check_start,
+    describe_rows,
+    identity_of,
+    parameter_groups,
+)  # fmt: skip
 from foreword.config import TrainConfig
-from foreword.data import Rows, encode_split, epoch_batches, micro_batches, ordered_batches
-from foreword.errors import ConfigError, PrefixError, RunError, UnsupportedModel
+from foreword.data import Rows, epoch_batches, micro_batches, ordered_batches
+from foreword.errors import RunError
 from foreword.frozen import frozen_training
-from foreword.init import new_prefix
+from foreword.objectives import Objective, Prediction
 from foreword.parallel import Processes, checkpoint_layers, shard_model
-from foreword.parametrization import PrefixModule, parametrize
+from foreword.parametrization import PrefixModule
 from foreword.prefix import Prefix, Sites, SiteTensors
 from foreword.runs import RunFolder, State, peak_memory_bytes, provenance
-from foreword.tasks import Split, Task, get_task
+from foreword.tasks import FewShot, Split, Task, get_task
 
 __all__ = ["TrainResult", "learning_rate", "train"]
 
@@ -76,15 +84,14 @@ def train(
     """
     config = config or TrainConfig()
     task = get_task(task) if isinstance(task, str) else task
+    task = FewShot(task, config.shots, config.seed) if config.shots else task
     path = None if out is None else Path(out)
-    _check(base, prefix, config)
+    check_start(base, prefix, config)
     processes = Processes(base.device, config.tracker, path)
     if processes.device != base.device:
         base.model.to(processes.device)
-    splits = {
-        "train": task.split("train", config.train_limit or None, config.strict),
-        "dev": task.split("dev", config.dev_limit or None, config.strict),
-    }
+    objective = begin_objective(base, prefix, task, config)
+    splits = _splits(task, config)
     with contextlib.ExitStack() as stack:
         folder: RunFolder | None = None
 
@@ -92,7 +99,7 @@ def train(
             nonlocal folder
             if path is None:
                 return None
-            identity = _identity(base, prefix, task, config, splits)
+            identity = identity_of(base, prefix, task, config, splits)
             folder = stack.enter_context(RunFolder(path, identity, overwrite=overwrite))
             summary = folder.summary()
             return None if summary is None else TrainResult(Prefix.load(folder.prefix, base), summary, path)
@@ -100,14 +107,16 @@ def train(
         result = processes.from_main(finished)
         if result is not None:
             return result
-        rows = {name: _encode(base, split, config, progress) for name, split in splits.items()}
-        module = _module(base, prefix, task, config).to(processes.device)
+        rows = {name: _encode(objective, split, config, progress) for name, split in splits.items()}
+        module = begin_module(base, prefix, task, config).to(processes.device)
         module.load_state_dict(processes.from_main(module.state_dict))
-        trainer = _Trainer(base, module, rows, config, processes, folder, progress)
+        trainer = _Trainer(module, objective, rows, config, processes, folder, progress)
         trainer.origin = {"task": task.name, "data": {name: split.sha256 for name, split in splits.items()}}
+        if task.labels:
+            trainer.origin["labels"] = list(task.labels)
         record = {
             "options": config.to_dict(), "base": base.name, "processes": processes.count,
-            "data": {name: _describe(split, rows[name]) for name, split in splits.items()},
+            "data": {name: describe_rows(split, rows[name], config.shots > 0) for name, split in splits.items()},
             **provenance(base.device),
         }  # fmt: skip
         state = processes.from_main(lambda: None if folder is None else folder.begin(record))
@@ -117,6 +126,15 @@ def train(
         stack.callback(processes.stop_tracking)
         with _prepared(base, config, processes):
             return trainer.run()
+
+
+def _splits(task: Task, config: TrainConfig) -> dict[str, Split]:
+    """The rows to train and to measure on; drawn dev rows are few and all of them count."""
+    dev_limit = None if config.shots else config.dev_limit or None
+    return {
+        "train": task.split("train", config.train_limit or None, config.strict),
+        "dev": task.split("dev", dev_limit, config.strict),
+    }
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -142,6 +160,7 @@ class _Position:
     measured_step: int = 0
     best_step: int = 0
     best_dev_loss: float = math.inf
+    best_dev_score: float | None = None
     measurements_without_best: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
@@ -149,33 +168,37 @@ class _Position:
 
 
 class _Trainer:
-    """One run: the module, the optimizer, the position, and the loop over steps."""
+    """One run: what is trained, the optimizer, the position, and the loop over steps."""
 
     origin: dict[str, Any]
 
     def __init__(
         self,
-        base: BaseModel,
         module: PrefixModule,
+        objective: Objective,
         rows: dict[str, Rows],
         config: TrainConfig,
         processes: Processes,
         folder: RunFolder | None,
         progress: Progress | None,
     ) -> None:
-        self.base, self.module, self.config, self.processes = base, module, config, processes
-        self.folder, self.progress = folder, progress
+        self.module, self.objective, self.head = module, objective, objective.head
+        self.config, self.processes, self.folder, self.progress = config, processes, folder, progress
         self.rows, self.dev = rows["train"], rows["dev"]
         self.skipped = sum(len(each.skipped) for each in rows.values())
         self.steps_per_epoch = -(-len(self.rows) // config.batch_size)
         self.steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        groups = parameter_groups(module, self.head, config)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
+            groups, config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
         )
+        self.by_score = config.select == "score" or (config.select == "auto" and bool(objective.score_name))
+        self.loss_name = f"nats_per_{objective.unit}"
         self.position = _Position()
         self.best: dict[str, Tensor] = {}
-        self.lengths = self.rows.lengths
+        self.unsaved = False
+        self.dev_batches = ordered_batches(self.dev.lengths, config.batch_size)
         self.plan: tuple[int, list[list[int]]] = (-1, [])
         self.started = self.saved = time.perf_counter()
 
@@ -202,109 +225,167 @@ class _Trainer:
         start = time.perf_counter()
         position, config = self.position, self.config
         batch = self._batch(position.step)
+        self.optimizer.zero_grad(set_to_none=True)
         sites = self.module()
         leaves = {site: _leaf(tensors) for site, tensors in sites.items()}
-        own = self._loss(self.rows, batch, leaves, backward=True)
-        nats, tokens, stop = self.processes.totals(*own, interrupted)
-        loss = nats / tokens
-        norm = self._backpropagate(sites, leaves, tokens)
+        nats, units, stop = self.processes.totals(*self._loss(batch, leaves), interrupted)
+        loss = nats / units
+        norm = self._backpropagate(sites, leaves, units)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(f"loss is {loss} and gradient norm {norm} in step {position.step + 1}")
         rate = learning_rate(config, position.step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate if group["peak"] == config.learning_rate else rate / config.learning_rate * group["peak"]
         self.optimizer.step()
         seconds = time.perf_counter() - start
-        read = sum(self.lengths[row] for row in batch)
+        read = sum(self.rows.lengths[row] for row in batch)
         position.step += 1
         position.tokens += read
         position.train_seconds += seconds
-        self._log(nats_per_token=loss, learning_rate=rate, gradient_norm=norm, tokens=read, seconds=seconds)
-        best = "" if math.isinf(position.best_dev_loss) else f" | best dev {position.best_dev_loss:.3f}"
-        self._report(f"training | loss {loss:.3f}{best}")
+        self._log({self.loss_name: loss}, learning_rate=rate, gradient_norm=norm, tokens=read, seconds=seconds)
+        self._report(f"training | loss {loss:.3f}{self._best_so_far()}")
         return stop > 0
 
     def _batch(self, step: int) -> list[int]:
         """The rows of a step, from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.plan[0] != epoch:
-            self.plan = epoch, epoch_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+            self.plan = epoch, epoch_batches(self.rows.lengths, self.config.batch_size, self.config.seed, epoch)
         return self.plan[1][index]
 
-    def _loss(self, rows: Rows, batch: Sequence[int], sites: Sites, backward: bool) -> tuple[float, int]:
-        """Nats and completion tokens of this process's part of a batch; its gradients are added up in `sites`."""
-        nats, tokens = 0.0, 0
-        for part in micro_batches(batch, self.config.micro_batch_size, self.processes.rank, self.processes.count):
-            # A process without a row of its own still takes part: a sharded model needs all processes in each pass.
-            inputs = self.base.collate([rows.encoded[row] for row in part or batch[:1]])
-            if not part:
-                inputs["labels"].fill_(-100)
-            loss, count = self.base.completion_loss(inputs, sites)
-            if backward:
-                loss.backward()
-            nats, tokens = nats + loss.item(), tokens + count
-        return nats, tokens
+    def _parts(self, batch: Sequence[int]) -> list[list[int]]:
+        """The passes of this process over a batch, as row numbers."""
+        return micro_batches(batch, self.config.micro_batch_size, self.processes.rank, self.processes.count)
 
-    def _backpropagate(self, sites: Sites, leaves: Sites, tokens: float) -> float:
+    def _loss(self, batch: Sequence[int], leaves: Sites) -> tuple[float, int]:
+        """Nats of this process's part of a batch, and of how many units; gradients are added up in leaves and head."""
+        nats, units = 0.0, 0
+        for part in self._parts(batch):
+            # A process without a row of its own still takes part: a sharded model needs all processes in each pass.
+            loss, count = self.objective.loss(self.rows, part or batch[:1], leaves, self.position.step)
+            if not part:
+                loss, count = 0 * loss, 0
+            loss.backward()
+            nats, units = nats + loss.item(), units + count
+        return nats, units
+
+    def _backpropagate(self, sites: Sites, leaves: Sites, units: float) -> float:
         """Gradients of the mean loss in the parameters, clipped; their norm before."""
-        self.optimizer.zero_grad(set_to_none=True)
         pairs = [
             (tensor, leaf)
             for site in sites
-            for tensor, leaf in ((sites[site].keys, leaves[site].keys), (sites[site].values, leaves[site].values))
+            for tensor, leaf in zip(sites[site].named().values(), leaves[site].named().values(), strict=True)
             if tensor.requires_grad
         ]
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for _, leaf in pairs]
-        gradients = [gradient / tokens for gradient in self.processes.sum(gradients)]
-        torch.autograd.backward([tensor for tensor, _ in pairs], gradients)
+        heads = [] if self.head is None else list(self.head.parameters())
+        own = [*(leaf for _, leaf in pairs), *heads]
+        gradients = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in own]
+        gradients = [gradient / units for gradient in self.processes.sum(gradients)]
+        torch.autograd.backward([tensor for tensor, _ in pairs], gradients[: len(pairs)])
+        for parameter, gradient in zip(heads, gradients[len(pairs) :], strict=True):
+            parameter.grad = gradient
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf))
 
     def _measure(self, interrupted: Callable[[], bool]) -> None:
-        """The dev loss; a new best is kept."""
+        """The loss and, where labels are predicted, the score on the dev rows; a new best is kept."""
         start = time.perf_counter()
-        nats, tokens, position = 0.0, 0, self.position
-        batches = ordered_batches(self.dev.lengths, self.config.batch_size)
+        nats, units, position = 0.0, 0, self.position
+        found: dict[int, Prediction] = {}
         with torch.no_grad():
             sites = self.module()
-            for number, batch in enumerate(batches, start=1):
+            for number, batch in enumerate(self.dev_batches, start=1):
                 if interrupted() and self.processes.count == 1:
                     self._interrupt()
-                part = self._loss(self.dev, batch, sites, backward=False)
-                nats, tokens = nats + part[0], tokens + part[1]
+                for part in self._parts(batch):
+                    measured = self.objective.measure(self.dev, part or batch[:1], sites)
+                    if part:
+                        nats, units = nats + measured.nats, units + measured.units
+                        found.update(zip(part, measured.predictions, strict=False))
                 if self.progress is not None and self.processes.is_main:
-                    self.progress(f"dev loss | step {position.step}", number, len(batches))
-        total_nats, total_tokens = self.processes.totals(nats, tokens)
-        loss = total_nats / total_tokens
+                    self.progress(f"dev loss | step {position.step}", number, len(self.dev_batches))
+        total_nats, total_units = self.processes.totals(nats, units)
+        loss = total_nats / total_units
         if not math.isfinite(loss):
             raise self._not_finite(f"dev loss is {loss} after step {position.step}")
+        score = self._score(found)
         position.measured_step = position.step
         position.measurements_without_best += 1
-        self._log(dev_nats_per_token=loss, dev_tokens=int(total_tokens), seconds=time.perf_counter() - start)
-        if loss < position.best_dev_loss:
-            position.best_dev_loss, position.best_step = loss, position.step
-            position.measurements_without_best = 0
-            self.best = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
-            if self.folder is not None:
-                self.folder.save_prefix(self._fold())
+        scored = {} if score is None else {f"dev_{self.objective.score_name}": score}
+        counted = {f"dev_{self.loss_name}": loss, f"dev_{self.objective.unit}s": int(total_units)}
+        self._log({**counted, **scored}, seconds=time.perf_counter() - start)
+        self._compare(loss, score)
+
+    def _score(self, found: dict[int, Prediction]) -> float | None:
+        """The selecting metric of the predictions of all processes."""
+        if not self.objective.score_name:
+            return None
+        whole = self.processes.merged(found)
+        return self.objective.score(self.dev, [whole[row] for row in range(len(self.dev))])
+
+    def _compare(self, loss: float, score: float | None) -> None:
+        """Keep what is trained if it is a new best: by its score, then by its loss."""
+        position = self.position
+        before = -math.inf if position.best_dev_score is None else position.best_dev_score
+        better = loss < position.best_dev_loss
+        if self.by_score and score is not None and score != before:
+            better = score > before
+        if not better:
+            return
+        position.best_dev_loss, position.best_dev_score, position.best_step = loss, score, position.step
+        position.measurements_without_best = 0
+        self.best = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        self.unsaved = True
+        if self.folder is not None and not self.folder.prefix.exists():
+            self._save_best()
+
+    def _save_best(self) -> None:
+        """Write the best prefix if that was not done; after the first one this happens whenever the state is saved."""
+        if self.folder is None or not self.unsaved:
+            return
+        now = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        self._load(self.best)
+        self.folder.save_prefix(self._fold())
+        self._load(now)
+        self.unsaved = False
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that is trained, by name."""
+        head = {} if self.head is None else self.head.state_dict()
+        return {**self.module.state_dict(), **{f"head.{name}": tensor for name, tensor in head.items()}}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        self.module.load_state_dict(own)
+        if self.head is not None:
+            self.head.load_state_dict({name: tensors[f"head.{name}"] for name in self.head.state_dict()})
 
     def _fold(self) -> Prefix:
-        """The module as a prefix, with what is known of its training."""
+        """What is trained as a prefix, with what is known of its training."""
         folded = self.module.fold(keep_training_state=self.config.keep_training_state)
-        metrics = {"dev_nats_per_token": self.position.best_dev_loss, "step": self.position.best_step}
+        position, name = self.position, self.objective.score_name
+        metrics = {f"dev_{self.loss_name}": position.best_dev_loss, "step": position.best_step}
+        if position.best_dev_score is not None:
+            metrics[f"dev_{name}"] = position.best_dev_score
         metadata = {**folded.metadata, **self.origin, "metrics": metrics, "training": self.config.decisive()}
         sites = {site: tensors.map(lambda t: t.cpu()) for site, tensors in folded.sites.items()}
-        return replace(folded, sites=sites, metadata=metadata)
+        head = folded.head
+        if self.head is not None:
+            head, metadata["max_tokens"] = self.head.fold(), self.config.max_tokens
+        return replace(folded, sites=sites, metadata=metadata, head=head)
 
     def _finish(self) -> TrainResult:
-        self.module.load_state_dict(self.best)
+        self._load(self.best)
         prefix, position = self._fold(), self.position
         self._tick()
         summary = {
             "steps": position.step, "planned_steps": self.steps, "epochs": position.step / self.steps_per_epoch,
-            "best_step": position.best_step, "best_dev_loss": position.best_dev_loss, "tokens": position.tokens,
+            "best_step": position.best_step, "best_dev_loss": position.best_dev_loss,
+            "best_dev_score": position.best_dev_score, "score": self.objective.score_name, "tokens": position.tokens,
             "tokens_per_second": position.tokens / position.train_seconds, "train_seconds": position.train_seconds,
             "wall_seconds": position.wall_seconds, "peak_memory_bytes": peak_memory_bytes(self.processes.device),
             "train_rows": len(self.rows), "dev_rows": len(self.dev), "skipped_rows": self.skipped,
+            "cut_rows": self.rows.cut + self.dev.cut,
+            "head_parameters": 0 if self.head is None else sum(p.numel() for p in self.head.parameters()),
             "trained_parameters": sum(p.numel() for p in self.parameters), "processes": self.processes.count,
         }  # fmt: skip
         if self.folder is not None:
@@ -319,8 +400,8 @@ class _Trainer:
         for name, tensor in state.tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        self.module.load_state_dict(parts["module"])
-        self.best = parts["best"]
+        self._load(parts["module"])
+        self.best, self.unsaved = parts["best"], bool(parts["best"])
         slots: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             index, _, slot = name.partition(".")
@@ -334,10 +415,11 @@ class _Trainer:
         self._tick()
         if self.folder is not None:
             slots = self.optimizer.state_dict()["state"]
-            tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+            tensors = {f"module.{name}": tensor for name, tensor in self._tensors().items()}
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
             tensors |= {f"optimizer.{i}.{name}": t for i, values in slots.items() for name, t in values.items()}
             self.folder.save_state(State(tensors, {"position": asdict(self.position)}))
+            self._save_best()
         self.saved = time.perf_counter()
 
     def _tick(self) -> None:
@@ -352,15 +434,24 @@ class _Trainer:
         raise KeyboardInterrupt(f"stopped after step {self.position.step} of {self.steps}{where}")
 
     def _not_finite(self, got: str) -> RunError:
+        self._save_best()
         kept = "" if self.folder is None or not self.best else f" (the best prefix so far is {self.folder.prefix})"
         return RunError(got, "finite numbers", f"lower learning_rate or clip{kept}")
 
-    def _log(self, **values: float) -> None:
+    def _log(self, named: dict[str, float], **others: float) -> None:
         """A line of metrics, for the folder and the tracker."""
+        values = {**named, **others}
         step = self.position.step
         if self.folder is not None:
             self.folder.log(step=step, epoch=step / self.steps_per_epoch, **values)
         self.processes.track(values, step)
+
+    def _best_so_far(self) -> str:
+        if not self.best:
+            return ""
+        score = self.position.best_dev_score
+        shown = f"{self.position.best_dev_loss:.3f}" if score is None else f"{self.objective.score_name} {score:.1f}"
+        return f" | best dev {shown}"
 
     def _report(self, stage: str) -> None:
         if self.progress is not None and self.processes.is_main:
@@ -368,75 +459,13 @@ class _Trainer:
 
 
 def _leaf(tensors: SiteTensors) -> SiteTensors:
-    """The same numbers, cut from the graph, with gradients of their own."""
-    keys, values = (tensor.detach().requires_grad_() for tensor in (tensors.keys, tensors.values))
-    return SiteTensors(keys, values, tensors.log_mass)
+    """The same numbers, cut from the graph; what is trained gets gradients of its own."""
+    return tensors.map(lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad))
 
 
-def _check(base: BaseModel, prefix: Prefix | None, config: TrainConfig) -> None:
-    if base.family.kind == "encoder":
-        raise UnsupportedModel(
-            f"{base.name!r} is an encoder and writes no completions", "a decoder or encoder-decoder",
-            "choose another base model",
-        )  # fmt: skip
-    dtype = str(base.dtype).removeprefix("torch.")
-    if config.precision not in ("auto", dtype):
-        raise ConfigError(
-            f"precision {config.precision!r} with a base model in {dtype}", "the same",
-            f"load it with dtype={config.precision!r} or choose precision 'auto'",
-        )  # fmt: skip
-    if prefix is None:
-        return
-    prefix.check_base(base.name, base.fingerprint, base.geometry)
-    if prefix.position_offset:
-        raise PrefixError(
-            f"a prefix with position offset {prefix.position_offset} to train", "position offset 0",
-            "start from a native prefix",
-        )  # fmt: skip
-
-
-def _module(base: BaseModel, prefix: Prefix | None, task: Task, config: TrainConfig) -> PrefixModule:
-    """What is trained, at its beginning."""
-    if prefix is None:
-        text = config.text or task.instruction
-        prefix = new_prefix(base, config.length, config.init, text=text or None, seed=config.seed)
-    if config.parametrization == "direct":
-        return parametrize(prefix, "direct", freeze_first_slot=config.freeze_first_slot)
-    frozen = config.freeze_first_slot or None
-    return parametrize(prefix, "mlp", hidden=config.hidden_size, freeze_first_slot=frozen, seed=config.seed)
-
-
-def _identity(
-    base: BaseModel, prefix: Prefix | None, task: Task, config: TrainConfig, splits: dict[str, Split]
-) -> dict[str, Any]:
-    """What decides the result: a run folder is for one identity."""
-    start = f"text {config.text or task.instruction!r}" if prefix is None else f"prefix {_digest(prefix)}"
-    return {
-        **config.decisive(), "task": task.name, "start": start, "base": base.fingerprint,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "data": {name: split.sha256 for name, split in splits.items()},
-    }  # fmt: skip
-
-
-def _digest(prefix: Prefix) -> str:
-    """A hash of all tensors that training starts from."""
-    digest = hashlib.sha256()
-    tensors = [(str(site), tensor) for site, each in prefix.sites.items() for tensor in each if tensor is not None]
-    for name, tensor in [*tensors, *sorted((prefix.training_state or {}).items())]:
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _encode(base: BaseModel, split: Split, config: TrainConfig, progress: Progress | None) -> Rows:
+def _encode(objective: Objective, split: Split, config: TrainConfig, progress: Progress | None) -> Rows:
     advance = None if progress is None else lambda done, total: progress(f"reading {split.name} rows", done, total)
-    return encode_split(base, split, strict=config.strict, progress=advance)
-
-
-def _describe(split: Split, rows: Rows) -> dict[str, Any]:
-    """What a run records of a split."""
-    skipped = [{"row": row, "reason": reason} for row, reason in rows.skipped]
-    return {"source": split.source, "sha256": split.sha256, "rows": len(rows), "skipped": skipped}
+    return objective.encode(split, strict=config.strict, progress=advance)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from foreword.cli import check, demo, evaluate, generate, models, prefixes, train
+from foreword.cli import check, demo, evaluate, generate, models, predict, prefixes, train
 from foreword.cli.console import note
 from foreword.errors import ForewordError
 
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("show")(prefixes.show)
 app.command("fold")(prefixes.fold)

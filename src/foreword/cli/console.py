@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["bar", "emit", "note", "say", "stages", "table"]
+from foreword.errors import ConfigError
+
+__all__ = ["bar", "emit", "note", "read_texts", "say", "stages", "table"]
 
 
 def say(text: str = "") -> None:
@@ -82,3 +84,23 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(known[name], description=stage, completed=done, total=total)
 
         yield advance
+
+
+def read_texts(given: list[str] | None, what: str) -> list[str]:
+    """The texts that were given, or the lines of standard input where none or - was; `what` says what they are."""
+    texts = given if given and given != ["-"] else [line for line in _lines(what) if line.strip()]
+    if not texts:
+        raise ConfigError(f"no {what}", f"{what}s as arguments or lines of standard input", "give one")
+    for number, text in enumerate(texts, start=1):
+        if text != text.encode(errors="replace").decode():
+            raise ConfigError(f"{what} {number} is not UTF-8", "UTF-8 text", "convert it")
+    return texts
+
+
+def _lines(what: str) -> list[str]:
+    if sys.stdin.isatty():
+        note(f"one {what} per line; Ctrl-D ends")
+    try:
+        return [line.rstrip("\r\n") for line in sys.stdin]
+    except UnicodeDecodeError:
+        raise ConfigError("standard input is not UTF-8", "UTF-8 text", "convert it") from None

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foreword.cli.console import bar, emit, say, table
 from foreword.cli.options import (
     Base,
-    Completion,
-    CompletionTemplate,
     Device,
     Dtype,
     Json,
     Limit,
-    PromptColumn,
-    References,
     Strict,
-    Template,
-    TestFile,
+    file_flags,
     load_base,
     load_prefix,
     make_task,
@@ -33,9 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "print_scores", "print_side_by_side"]
 
 
+@file_flags("test")
 def evaluate(
     prefix: Annotated[Path | None, typer.Argument(help="A prefix or run folder; none: the base model alone.")] = None,
-    task: Annotated[str | None, typer.Option("--task", "-t", help="e2e, trails. (default: the prefix's own)")] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="e2e, rte, ... (default: the prefix's own)")] = None,
     base: Base = None,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
     limit: Limit = None,
@@ -44,57 +40,49 @@ def evaluate(
     beams: Annotated[int, typer.Option(min=1, help="Beams; the Prefix-Tuning paper uses 5.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 20,
     show: Annotated[int, typer.Option(min=0, help="Print this many outputs.")] = 3,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write scores and all texts to this file.")] = None,
-    test: TestFile = None,
-    prompt_column: PromptColumn = None,
-    completion_column: Completion = None,
-    template: Template = None,
-    completion_template: CompletionTemplate = None,
-    references: References = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write scores and all texts here. (default: evaluation.json in a run folder)"),
+    ] = None,
     strict: Strict = False,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
+    files: dict[str, Any] | None = None,
 ) -> None:
-    """Generate for a split, greedily or with beams, and score against its references.
+    """Write for every row of a split, or predict its labels, and score against its references.
 
     foreword evaluate runs/trails --with-base
+    foreword evaluate runs/rte
     """
     from foreword.evaluate import evaluate as run
+    from foreword.runs import EVALUATION, is_run
 
     if prefix is None and base is None:
         raise ConfigError("neither a prefix nor --base", "one of them", "see foreword evaluate --help")
     if split not in ("dev", "test"):
         raise ConfigError(f"split {split!r}", "dev or test", "choose one of them")
-    if test is not None and split != "test":
+    if files and "test" in files and split != "test":
         raise ConfigError(f"--split {split} together with --test", "one of both", "leave --split out")
     if out is not None and out.exists() and not out.is_file():
         raise ConfigError(f"--out {out} is not a plain file", "a file to write or replace", "choose another path")
     loaded, trained = (
         (load_base(base or "", dtype, device), None) if prefix is None else load_prefix(prefix, base, dtype, device)
     )
-    own = None if trained is None else trained.metadata.get("task")
-    chosen = make_task(
-        task, own if own != "files" else None, test=test, prompt_column=prompt_column, template=template,
-        completion_column=completion_column, completion_template=completion_template, references=references,
-    )  # fmt: skip
+    known = {} if trained is None else trained.metadata
+    chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()))
+    options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
     results: list[Evaluation] = []
     for each in [None, trained] if with_base and trained is not None else [trained]:
         with bar("base model" if each is None else "with prefix") as progress:
             results.append(
                 run(
-                    loaded,
-                    each,
-                    chosen,
-                    split,
-                    limit=limit,
-                    strict=strict,
-                    batch_size=batch_size,
-                    max_new_tokens=max_new_tokens,
-                    num_beams=beams,
-                    progress=progress,
+                    loaded, each, chosen, split, limit=limit, strict=strict, batch_size=batch_size,
+                    max_new_tokens=max_new_tokens, progress=progress, **options,
                 )
-            )
+            )  # fmt: skip
+    if out is None and prefix is not None and is_run(prefix):
+        out = prefix / (EVALUATION if split == "test" else f"evaluation-{split}.json")
     print_side_by_side(results, show)
     print_scores(results)
     if out is not None:
@@ -109,12 +97,20 @@ def print_scores(results: list[Evaluation]) -> None:
     header = ["", *("base model" if result.prefix is None else f"prefix {result.prefix}" for result in results)]
     rows = [
         *([name, *(str(result.scores[name]) for result in results)] for name in first.scores),
-        ["nats per token", *(f"{result.nats_per_token:.3f}" for result in results)],
+        _cost(results),
         ["seconds", *(f"{result.seconds:.1f}" for result in results)],
     ]
     skipped = f", {first.skipped_rows} skipped" if first.skipped_rows else ""
-    table(f"{first.task} {first.split}, {len(first.outputs)} rows{skipped}, {first.base}", header, rows)
+    cut = f", {first.cut_rows} cut" if first.cut_rows else ""
+    table(f"{first.task} {first.split}, {len(first.outputs)} rows{skipped}{cut}, {first.base}", header, rows)
     say("scores with 95 % bootstrap intervals over rows")
+
+
+def _cost(results: list[Evaluation]) -> list[str]:
+    """What the right answers cost, per token or per label."""
+    costs = [result.nats_per_token if result.nats_per_label is None else result.nats_per_label for result in results]
+    unit = "token" if results[0].nats_per_label is None else "label"
+    return [f"nats per {unit}", *(f"{cost:.3f}" for cost in costs)]
 
 
 def print_side_by_side(results: list[Evaluation], rows: int) -> None:
@@ -122,6 +118,8 @@ def print_side_by_side(results: list[Evaluation], rows: int) -> None:
     for k, output in enumerate(results[0].outputs[:rows]):
         say(f"prompt     {output.prompt.strip()}")
         for result in results:
-            say(f"{'base model' if result.prefix is None else 'prefix':10} {result.outputs[k].text or '(nothing)'}")
+            own = result.outputs[k]
+            sure = "" if own.probability is None else f" ({100 * own.probability:.0f} %)"
+            say(f"{'base model' if result.prefix is None else 'prefix':10} {own.text or '(nothing)'}{sure}")
         say(f"reference  {output.references[0]}")
         say()

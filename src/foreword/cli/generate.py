@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from foreword.cli.console import bar, emit, note, say
+from foreword.cli.console import bar, emit, read_texts, say
 from foreword.cli.options import Base, Device, Dtype, Json, load_base, load_prefix
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, PrefixError
 
 __all__ = ["generate"]
 
@@ -38,12 +37,16 @@ def generate(
 
     foreword generate --prefix runs/trails "name : Heron Loop | length : 14 km"
     """
-    texts = _read(prompts)
+    texts = read_texts(prompts, "prompt")
     if prefix is None and base is None:
         raise ConfigError("neither --prefix nor --base", "one of them", "see foreword generate --help")
     loaded, trained = (
         (load_base(base or "", dtype, device), None) if prefix is None else load_prefix(prefix, base, dtype, device)
     )
+    if trained is not None and trained.head is not None:
+        raise PrefixError(
+            "a prefix with a head, which predicts labels", "one that writes text", f"foreword predict --prefix {prefix}"
+        )
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample, "temperature": temperature,
         "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or ["\n"], "batch_size": batch_size,
@@ -59,22 +62,3 @@ def generate(
         for text in outputs:
             say(text.strip())
     emit({"prompts": texts, "outputs": outputs}, as_json)
-
-
-def _read(prompts: list[str] | None) -> list[str]:
-    texts = prompts if prompts and prompts != ["-"] else [line for line in _lines() if line.strip()]
-    if not texts:
-        raise ConfigError("no prompt", "prompts as arguments or lines of standard input", "give one")
-    for number, text in enumerate(texts, start=1):
-        if text != text.encode(errors="replace").decode():
-            raise ConfigError(f"prompt {number} is not UTF-8", "UTF-8 text", "convert it")
-    return texts
-
-
-def _lines() -> list[str]:
-    if sys.stdin.isatty():
-        note("one prompt per line; Ctrl-D ends")
-    try:
-        return [line.rstrip("\r\n") for line in sys.stdin]
-    except UnicodeDecodeError:
-        raise ConfigError("standard input is not UTF-8", "UTF-8 text", "convert it") from None

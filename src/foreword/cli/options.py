@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -19,9 +19,18 @@ if TYPE_CHECKING:
     from foreword.tasks import Task
 
 __all__ = [
-    "Base", "Completion", "CompletionTemplate", "Device", "Dtype", "Json", "Limit", "PromptColumn", "References",
-    "Strict", "Template", "TestFile", "config_flags", "load_base", "load_prefix", "make_task",
-]  # fmt: skip
+    "Base",
+    "Device",
+    "Dtype",
+    "Json",
+    "Limit",
+    "Strict",
+    "config_flags",
+    "file_flags",
+    "load_base",
+    "load_prefix",
+    "make_task",
+]
 
 Base = Annotated[
     str | None,
@@ -34,29 +43,55 @@ Dtype = Annotated[str, typer.Option(help="Precision of the base model: auto (as 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line, the last one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first rows of the split only.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used, not skip it.")]
-TestFile = Annotated[Path | None, typer.Option("--test", help="Your test rows: JSONL, CSV, TSV or parquet.")]
-PromptColumn = Annotated[str | None, typer.Option(help="The column with the prompt, in your own files.")]
-Completion = Annotated[str | None, typer.Option("--completion-column", help="The column with the completion.")]
-Template = Annotated[str | None, typer.Option(help='The prompt made of columns: "Question: {question}".')]
-CompletionTemplate = Annotated[str | None, typer.Option(help="The completion made of columns.")]
-References = Annotated[list[str] | None, typer.Option(help="A column with references to score against; repeatable.")]
+
+# A user's own rows: name -> (type, help), and which task each option belongs to; the others belong to several.
+_FILES: dict[str, tuple[Any, str]] = {
+    "train": (Path, "Your rows: JSONL, CSV, TSV or parquet, or CoNLL text with a tag for each word."),
+    "dev": (Path, "Your dev rows. (default: a tenth of --train)"),
+    "test": (Path, "Your test rows, in the same form."),
+    "prompt_column": (str, "The column with the prompt."),
+    "completion_column": (str, "The column with the completion."),
+    "template": (str, 'The prompt made of columns: "Question: {question}".'),
+    "completion_template": (str, "The completion made of columns."),
+    "references": (list[str], "A column with references to score against; repeatable."),
+    "text_column": (str, "The column with the text to be labelled."),
+    "text_pair_column": (str, "The column with the second text of a pair."),
+    "label_column": (str, "The column with the label."),
+    "label_words": (list[str], "A label as a decoder writes it, in the order of the labels; repeatable."),
+    "words_column": (str, "The column with the list of words to be tagged."),
+    "tags_column": (str, "The column with the list of their tags."),
+}
+_OWN_TASKS = {
+    "files": ("prompt_column", "completion_column", "completion_template", "references"),
+    "labelled": ("text_column", "text_pair_column", "label_column", "label_words"),
+    "conll": ("words_column", "tags_column"),
+}
+_CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")
 
 
-def make_task(name: str | None, default: str | None = None, **files: Any) -> Task:
-    """The named task, or one of the user's own files; exactly one of both."""
+def make_task(name: str | None, files: dict[str, Any], default: str | None = None, labels: Sequence[str] = ()) -> Task:
+    """The named task, or one of the user's own files; exactly one of both.
+
+    `default` is the task to take where none is named; `labels` are those of a prefix that is to be evaluated.
+    """
     from foreword.tasks import get_task
 
     given = {option: value for option, value in files.items() if value not in (None, [], ())}
-    if given and name not in (None, "files"):
+    if given and name is not None and name not in _OWN_TASKS:
         raise ConfigError(
             f"task {name!r} together with --{next(iter(given)).replace('_', '-')}", "one of both", "leave one out"
         )
     if given:
+        own = name or _own_task(given, default)
         references = given.get("references")
         if references is not None and len(references) == 1:
             given["references"] = references[0]
-        return get_task("files", **given)
-    chosen = name or default
+        if labels and "train" not in given and own == "labelled":
+            given["labels"] = tuple(labels)
+        if labels and "train" not in given and own == "conll":
+            given["types"] = tuple(label[2:] for label in labels if label.startswith("B-"))
+        return get_task(own, **given)
+    chosen = name or (None if default in _OWN_TASKS else default)
     if chosen is None:
         raise ConfigError(
             "no task and no file of your own",
@@ -64,6 +99,21 @@ def make_task(name: str | None, default: str | None = None, **files: Any) -> Tas
             "name one; --help lists all",
         )
     return get_task(chosen)
+
+
+def _own_task(given: dict[str, Any], default: str | None) -> str:
+    """Which task the given options and files are for."""
+    used = {own: next(filter(given.__contains__, options), "") for own, options in _OWN_TASKS.items()}
+    used = {own: option for own, option in used.items() if option}
+    if len(used) > 1:
+        first, second = (f"--{option.replace('_', '-')}" for option in list(used.values())[:2])
+        raise ConfigError(f"{first} together with {second}", "columns of one kind of rows", "leave one out")
+    if used:
+        return next(iter(used))
+    if default in _OWN_TASKS:
+        return str(default)
+    path = next((Path(given[split]) for split in ("train", "dev", "test") if split in given), Path())
+    return "conll" if path.suffix.lower() in _CONLL else "files"
 
 
 def load_base(name: str, dtype: str = "auto", device: str | None = None) -> BaseModel:
@@ -106,12 +156,26 @@ def load_prefix(path: Path, base: str | None, dtype: str, device: str | None) ->
 def config_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for every field of `TrainConfig`; it gets the given ones as `settings`."""
     hints = get_type_hints(TrainConfig)
-    flags = {field.name: _flag(field, hints[field.name]) for field in dataclasses.fields(TrainConfig)}
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+    return _with_flags(command, {f.name: _flag(f, hints[f.name]) for f in dataclasses.fields(TrainConfig)}, "settings")
+
+
+def file_flags(*splits: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options for a user's own rows, files for these splits; it gets all as `files`."""
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        wanted = {n: each for n, each in _FILES.items() if n in splits or n not in ("train", "dev", "test")}
+        return _with_flags(command, {name: _file_flag(name, *each) for name, each in wanted.items()}, "files")
+
+    return give
+
+
+def _with_flags(command: Callable[..., None], flags: dict[str, inspect.Parameter], into: str) -> Callable[..., None]:
+    """The command with more flags; those that are given reach it as the dictionary `into`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
 
     def wrapped(**values: Any) -> None:
-        settings = {name: values.pop(name) for name in flags}
-        command(settings={name: value for name, value in settings.items() if value is not None}, **values)
+        given = {name: values.pop(name) for name in flags}
+        command(**{into: {name: value for name, value in given.items() if value is not None}}, **values)
 
     own_hints = get_type_hints(command, include_extras=True)
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[p.name]) for p in own]
@@ -120,6 +184,13 @@ def config_flags(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     wrapped.__doc__ = command.__doc__
     return wrapped
+
+
+def _file_flag(name: str, kind: Any, text: str) -> inspect.Parameter:
+    option = typer.Option("--" + name.replace("_", "-"), help=text, rich_help_panel="Your own rows")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

@@ -1,35 +1,29 @@
-"""`foreword train`: train a prefix and keep it in a run folder."""
+"""`foreword train`: train a prefix, with one seed or several, and keep it in a run folder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreword.cli.console import emit, note, say, stages
-from foreword.cli.options import (
-    Base,
-    Completion,
-    CompletionTemplate,
-    Device,
-    Json,
-    PromptColumn,
-    References,
-    Template,
-    TestFile,
-    config_flags,
-    load_base,
-    make_task,
-)  # fmt: skip
+from foreword.cli.console import emit, note, say, stages, table
+from foreword.cli.options import Base, Device, Json, config_flags, file_flags, load_base, make_task
+from foreword.errors import ConfigError
+
+if TYPE_CHECKING:
+    from foreword.evaluate import Evaluation
+    from foreword.seeds import SeedsResult
+    from foreword.train import TrainResult
 
 __all__ = ["train"]
 
 
 @config_flags
+@file_flags("train", "dev", "test")
 def train(
-    task: Annotated[str | None, typer.Argument(help="e2e or trails; none with your own files.")] = None,
+    task: Annotated[str | None, typer.Argument(help="e2e, rte, sst2, conll04, ...; none with your own files.")] = None,
     base: Base = "smollm2-135m",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder. (default: runs/TASK)")] = None,
     config: Annotated[
@@ -37,58 +31,110 @@ def train(
         typer.Option("--config", "-c", help="A TOML file of options from --length on: epochs = 5. Flags win over it."),
     ] = None,
     start: Annotated[Path | None, typer.Option("--from", help="Start from this prefix or run folder.")] = None,
+    retrain: Annotated[
+        str, typer.Option(help="With --from: continue with its slots, or rewind them to what they were at their birth.")
+    ] = "continue",
+    lengths_from: Annotated[
+        Path | None, typer.Option(help="Lengths in the ratio of this run's gates, layer by layer (PT-2*).")
+    ] = None,
+    gates_from: Annotated[Path | None, typer.Option(help="Begin with the gates that this run has learned.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train so often, with seeds from --seed on, in OUT/seed0, ...")] = 1,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Then score on the test split.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Clear the run folder and start anew.")] = False,
-    train_file: Annotated[Path | None, typer.Option("--train", help="Your rows: JSONL, CSV, TSV or parquet.")] = None,
-    dev_file: Annotated[Path | None, typer.Option("--dev", help="Your dev rows. (default: a tenth of --train)")] = None,
-    test: TestFile = None,
-    prompt_column: PromptColumn = None,
-    completion_column: Completion = None,
-    template: Template = None,
-    completion_template: CompletionTemplate = None,
-    references: References = None,
     device: Device = None,
     as_json: Json = False,
+    files: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Train a prefix for a task or for your own rows; the same command resumes a run that was stopped.
 
     foreword train trails --epochs 5
+    foreword train rte --base minilm --shots 32 --seeds 5 --evaluate --out runs/rte-32
     foreword train --train rows.jsonl --prompt-column question --completion-column answer --out runs/answers
+    foreword train --train rows.csv --text-column text --label-column label --base minilm --out runs/labels
     """
     from foreword.config import TrainConfig
-    from foreword.prefix import Prefix
-    from foreword.runs import find_prefix
+    from foreword.seeds import evaluate_run, train_seeds
+    from foreword.start import Start
     from foreword.train import train as run
 
+    begin = Start(start, retrain, lengths_from, gates_from)
     given = settings or {}
     chosen = TrainConfig.from_toml(config, given) if config is not None else TrainConfig(**given)
-    work = make_task(
-        task, train=train_file, dev=dev_file, test=test, prompt_column=prompt_column, template=template,
-        completion_column=completion_column, completion_template=completion_template, references=references,
-    )  # fmt: skip
+    work = make_task(task, files or {})
+    if evaluate and files and "test" not in files:
+        raise ConfigError("--evaluate without --test", "your test rows", "name them, or leave --evaluate out")
     folder = out or Path("runs") / work.name
     loaded = load_base(base or "smollm2-135m", chosen.precision, device)
-    begin = None if start is None else Prefix.load(find_prefix(start), loaded)
     note(f"run folder {folder}; Ctrl-C stops cleanly, the same command resumes")
+    if seeds > 1:
+        with stages() as progress:
+            several = train_seeds(
+                loaded, lambda config: begin.load(loaded, work, config), work, chosen, seeds=seeds, out=folder,
+                test=evaluate, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+        _report_skipped(folder / f"seed{chosen.seed}")
+        _print_seeds(several, folder)
+        emit({"folder": str(folder), **json.loads((folder / "summary.json").read_text(encoding="utf-8"))}, as_json)
+        return
     with stages() as progress:
-        result = run(loaded, begin, work, chosen, out=folder, overwrite=overwrite, progress=progress)
+        first = begin.load(loaded, work, chosen)
+        result = run(loaded, first, work, chosen, out=folder, overwrite=overwrite, progress=progress)
+        tested = evaluate_run(loaded, result, work, progress=progress) if evaluate else None
     _report_skipped(folder)
+    _print_run(result, tested, folder, task)
+    scores = {} if tested is None else {"scores": {name: score._asdict() for name, score in tested.scores.items()}}
+    emit({"folder": str(folder), **result.metrics, **scores}, as_json)
+
+
+def _print_run(result: TrainResult, tested: Evaluation | None, folder: Path, task: str | None) -> None:
+    from foreword.cli.evaluate import print_scores
+
     metrics = result.metrics
+    scored = metrics.get("best_dev_score") is not None
+    unit = "label" if result.prefix.head is not None else "token"
+    loss = f"{metrics['best_dev_loss']:.4f} nats per {unit}"
+    found = f"dev {metrics['score']} {metrics['best_dev_score']:.1f}, loss {loss}," if scored else f"dev loss {loss}"
     say(
-        f"dev loss {metrics['best_dev_loss']:.4f} nats per token at step {metrics['best_step']} of {metrics['steps']}, "
+        f"{found} at step {metrics['best_step']} of {metrics['steps']}, "
         f"{metrics['wall_seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens per second, "
         f"peak {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    say(f"prefix     {result.prefix.num_parameters:,} parameters in {folder}")
-    say(f"next       {_next(folder, task)}")
-    emit({"folder": str(folder), **metrics}, as_json)
+    head = f" and a head of {metrics['head_parameters']:,}" if metrics.get("head_parameters") else ""
+    say(f"prefix     {result.prefix.num_parameters:,} parameters{head} in {folder}")
+    if tested is not None:
+        print_scores([tested])
+    say(f"next       {_next(folder, task, scored, result.prefix.head is not None)}")
 
 
-def _next(folder: Path, task: str | None) -> str:
+def _next(folder: Path, task: str | None, labels: bool = False, head: bool = False) -> str:
     """The command to try after training: a task has a test split, own rows are named by their user."""
     if task is not None:
-        return f"foreword evaluate {folder} --with-base"
+        return f"foreword evaluate {folder}{'' if head else ' --with-base'}"
+    if labels:
+        return f"foreword evaluate {folder} --test ROWS" + (
+            f', or foreword predict --prefix {folder} "TEXT"' if head else ""
+        )
     return f'foreword generate --prefix {folder} "PROMPT", or foreword evaluate {folder} --with-base --test ROWS'
+
+
+def _print_seeds(result: SeedsResult, folder: Path) -> None:
+    """One row for each seed, and what they have in common."""
+    names = list(result.scores)
+    rows: list[list[Any]] = []
+    for place, (seed, run) in enumerate(zip(result.seeds, result.runs, strict=True)):
+        dev = run.metrics.get("best_dev_score")
+        own = [f"{result.scores[name].per_seed[place]:.1f}" for name in names]
+        shown = f"{run.metrics['best_dev_loss']:.3f}" if dev is None else f"{dev:.1f}"
+        rows.append([f"seed {seed}", shown, run.metrics["best_step"], f"{run.metrics['wall_seconds']:.0f}", *own])
+    if names:
+        rows.append(["mean ± sd", "", "", "", *(f"{s.mean:.1f} ± {s.std:.1f}" for s in result.scores.values())])
+        rows.append(["95 %", "", "", "", *(f"[{s.low:.1f}, {s.high:.1f}]" for s in result.scores.values())])
+    metrics = result.runs[0].metrics
+    dev = f"dev {metrics['score']}" if metrics.get("best_dev_score") is not None else "dev loss"
+    table(f"{folder}{', test scores' if names else ''}", ["", dev, "best step", "seconds", *names], rows)
+    if names:
+        say("95 % bootstrap intervals of the mean, over seeds and test rows")
 
 
 def _report_skipped(folder: Path, most: int = 5) -> None:
@@ -100,3 +146,5 @@ def _report_skipped(folder: Path, most: int = 5) -> None:
             note(f"skipped    row {each['row']} of {split}: {each['reason']}")
         if len(skipped) > most:
             note(f"skipped    {len(skipped) - most} more rows of {split}; {config} lists them")
+        if data.get("cut_rows"):
+            note(f"cut        {data['cut_rows']} of {data['rows']} rows of {split} are longer than --max-tokens")

@@ -1,0 +1,364 @@
+"""Tasks of understanding from training to prediction: run folders, heads, scores, seeds, and the commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.labels import ENCODERS, KINDS, LabelToy, config_values
+from tests.test_resume import same_run
+from tests.tiny import tiny_base, tiny_model, tiny_tokenizer
+from tests.toy import ToyTask
+
+import foreword as fw
+from foreword.cli import main
+from foreword.errors import ConfigError, DataError, PrefixError, RunError
+from foreword.evaluate import Evaluation
+from foreword.metrics import get_metric
+from foreword.runs import find_prefix
+from foreword.seeds import evaluate_run, spread, train_seeds
+
+FAST = {"learning_rate": 0.02, "epochs": 12}
+
+
+def config(**options: Any) -> fw.TrainConfig:
+    return fw.TrainConfig(**config_values(**options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ENCODERS)
+def test_a_head_is_trained_saved_and_used(model: str, kind: str, tmp_path: Path) -> None:
+    base, task = tiny_base(model), LabelToy(kind)
+    before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
+    result = fw.train(base, None, task, config(**FAST), out=tmp_path / "run")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.model.named_parameters())
+    kept = fw.Prefix.load(find_prefix(tmp_path / "run"), base)
+    assert kept.head is not None and kept.head.labels == task.labels and kept.head.kind == kind
+    one, other = (fw.evaluate(base, prefix, task) for prefix in (result.prefix, kept))
+    assert (one.outputs, one.scores) == (other.outputs, other.scores)
+    assert one.nats_per_token is None and one.nats_per_label is not None
+    assert all(output.probability is not None and 0 < output.probability <= 1 for output in one.outputs)
+    assert one.parameters == {"prefix": kept.num_parameters, "head": kept.head.weight.numel() + kept.head.bias.numel()}
+    losses = [line["nats_per_label"] for line in lines(tmp_path / "run") if "nats_per_label" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["score"] == task.metrics[0]
+    assert kept.metadata["metrics"][f"dev_{task.metrics[0]}"] == summary["best_dev_score"]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("model", ["llama", "bart"])
+@pytest.mark.parametrize("kind", ["classification", "choice"])
+def test_label_words_are_trained_and_scored(model: str, kind: str) -> None:
+    base, task = tiny_base(model), LabelToy(kind)
+    result = fw.train(base, None, task, config(**FAST))
+    assert result.prefix.head is None and result.metrics["score"] == "accuracy"
+    untouched, trained = (fw.evaluate(base, prefix, task) for prefix in (None, result.prefix))
+    assert untouched.nats_per_token is not None and trained.nats_per_token is not None
+    assert trained.nats_per_token < untouched.nats_per_token
+    assert {output.text for output in trained.outputs} <= set(task.labels)
+
+
+def test_the_measured_score_is_that_of_the_evaluation(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), LabelToy("tagging")
+    result = fw.train(base, None, task, config(**FAST, dev_limit=0), out=tmp_path / "run")
+    dev = fw.evaluate(base, result.prefix, task, "dev")
+    assert dev.scores["entity_f1"].value == pytest.approx(result.metrics["best_dev_score"])
+    assert dev.nats_per_label == pytest.approx(result.metrics["best_dev_loss"], rel=1e-5)
+    measured = [line for line in lines(tmp_path / "run") if "dev_entity_f1" in line]
+    best = max(line["dev_entity_f1"] for line in measured)
+    assert result.metrics["best_dev_score"] == best
+    losses = [line["dev_nats_per_label"] for line in measured if line["dev_entity_f1"] == best]
+    assert result.metrics["best_dev_loss"] == min(losses)
+    by_loss = fw.train(base, None, task, config(**FAST, dev_limit=0, select="loss"))
+    assert by_loss.metrics["best_dev_loss"] == min(line["dev_nats_per_label"] for line in measured)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_change_no_more_than_rounding(micro: int) -> None:
+    base, task = tiny_base("bert"), LabelToy("classification")
+    whole, cut = (fw.train(base, None, task, config(micro_batch_size=size)).prefix for size in (0, micro))
+    assert whole.head is not None and cut.head is not None
+    torch.testing.assert_close(cut.head.weight, whole.head.weight, rtol=1e-4, atol=1e-5)
+    for site, tensors in whole.sites.items():
+        torch.testing.assert_close(cut.sites[site].keys, tensors.keys, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gates", ["none", "apt", "mass"])
+def test_an_interrupted_run_ends_with_the_same_bytes(gates: str, tmp_path: Path) -> None:
+    base, task, options = tiny_base("bert"), LabelToy("classification"), config(gates=gates, head_learning_rate=0.05)
+
+    def interrupt_at(step: int) -> Any:
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage.startswith("training | loss") and done == step:
+                signal.raise_signal(signal.SIGINT)
+
+        return progress
+
+    for step in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            fw.train(base, None, task, options, out=tmp_path / "run", progress=interrupt_at(step))
+        assert (tmp_path / "run" / "state.safetensors").exists()
+    fw.train(base, None, task, options, out=tmp_path / "run")
+    fw.train(base, None, task, options, out=tmp_path / "whole")
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("gates", ["apt", "static", "mass"])
+def test_gates_move_at_their_own_rate(gates: str) -> None:
+    base, task = tiny_base("bert"), LabelToy("classification")
+    still = fw.train(base, None, task, config(gates=gates, gate_learning_rate=1e-12))
+    moved = fw.train(base, None, task, config(gates=gates, gate_learning_rate=0.3))
+    assert still.prefix.metadata["training"]["gates"] == gates
+    names = {"apt": "gate_weight", "static": "keys", "mass": "log_mass"}
+    one, other = (next(iter(r.prefix.sites.values())).named()[names[gates]] for r in (still, moved))
+    assert float((one - other).abs().max()) > 1e-2
+
+
+def test_training_goes_on_from_a_head() -> None:
+    base, task = tiny_base("bert"), LabelToy("classification")
+    first = fw.train(base, None, task, config(**FAST))
+    second = fw.train(base, first.prefix, task, config(learning_rate=1e-9, epochs=1))
+    assert second.metrics["best_dev_loss"] == pytest.approx(first.metrics["best_dev_loss"], rel=1e-3)
+    with pytest.raises(PrefixError, match="a head for classification"):
+        fw.train(base, first.prefix, LabelToy("choice"), config())
+
+
+def test_length_factor_and_options_that_change_nothing() -> None:
+    result = fw.train(tiny_base("bert"), None, LabelToy("choice"), config(length=4, length_factor=1.5, max_steps=1))
+    assert result.prefix.length == 6
+    assert fw.TrainConfig().decisive().keys() & {"gates", "shots", "select", "head_dropout", "max_tokens"} == set()
+
+
+def test_shots_are_drawn_by_the_seed_and_listed(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), LabelToy("classification", rows=40)
+    results = [
+        fw.train(base, None, task, config(shots=2, seed=seed, max_steps=1), out=tmp_path / f"{seed}") for seed in (0, 1)
+    ]
+    chosen = []
+    for seed in (0, 1):
+        data = json.loads((tmp_path / f"{seed}" / "config.json").read_text())["data"]
+        assert data["train"]["rows"] == data["dev"]["rows"] == 6
+        chosen.append({row["row"] for row in data["train"]["chosen"]})
+        assert chosen[-1].isdisjoint(row["row"] for row in data["dev"]["chosen"])
+    assert chosen[0] != chosen[1]
+    assert results[0].metrics["train_rows"] == 6
+
+
+def test_seeds_are_summed_up_and_not_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, task = tiny_base("bert"), LabelToy("classification")
+    out = tmp_path / "runs"
+    result = train_seeds(base, None, task, config(), seeds=3, out=out)
+    summary = json.loads((out / "summary.json").read_text())
+    scores = result.scores["accuracy"]
+    own = [
+        json.loads((out / f"seed{s}" / "evaluation.json").read_text())["scores"]["accuracy"]["value"] for s in range(3)
+    ]
+    assert list(scores.per_seed) == own == summary["scores"]["accuracy"]["per_seed"]
+    assert scores.mean == pytest.approx(np.mean(own)) and scores.std == pytest.approx(np.std(own, ddof=1))
+    assert scores.low <= scores.mean <= scores.high
+    assert summary["seeds"] == [0, 1, 2] and summary["test"]["rows"] == 9
+    monkeypatch.setattr(sys.modules["foreword.train"], "_Trainer", None)  # a finished run needs no trainer
+    monkeypatch.setattr("foreword.seeds.evaluate", None)
+    again = train_seeds(base, None, task, config(), seeds=3, out=out)
+    assert again.scores == result.scores
+    with pytest.raises(RunError, match="holds runs of 3 seeds; expected one of them"):
+        find_prefix(out)
+    with pytest.raises(RunError, match="is the folder of a single run"):
+        train_seeds(base, None, task, config(), seeds=2, out=out / "seed0")
+
+
+def test_an_evaluation_of_other_rows_is_done_again(tmp_path: Path) -> None:
+    base, task = tiny_base("bert"), LabelToy("classification")
+    run = fw.train(base, None, task, config(max_steps=1), out=tmp_path / "run")
+    fw.evaluate(base, run.prefix, task, limit=2).save(tmp_path / "run" / "evaluation.json")
+    assert len(evaluate_run(base, run, task).outputs) == 9
+    assert Evaluation.load(tmp_path / "run" / "evaluation.json") == evaluate_run(base, run, task)
+    for text in ("{}", "[]", "nonsense"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError, match="holds no evaluation"):
+            Evaluation.load(tmp_path / "bad.json")
+    with pytest.raises(DataError, match="cannot read"):
+        Evaluation.load(tmp_path / "none.json")
+
+
+def test_the_interval_covers_seeds_and_rows() -> None:
+    metric, generator = get_metric("accuracy"), np.random.default_rng(0)
+    targets = [["a"]] * 200
+
+    def answers(chance: float) -> list[str]:
+        return ["a" if right else "b" for right in generator.random(200) < chance]
+
+    alike = spread(metric, [answers(0.7)] * 5, targets)
+    assert alike.std == 0
+    # One set of answers five times: what is left is the binomial spread over rows.
+    wide = 2 * 1.96 * 100 * (0.7 * 0.3 / 200) ** 0.5
+    assert alike.high - alike.low == pytest.approx(wide, rel=0.15)
+    apart = spread(metric, [answers(chance) for chance in (0.5, 0.6, 0.7, 0.8, 0.9)], targets)
+    assert apart.high - apart.low > 1.5 * (alike.high - alike.low)
+    assert spread(metric, [answers(0.5)], targets).std == 0.0
+
+
+def test_prediction_of_texts() -> None:
+    base, task = tiny_base("bert"), LabelToy("classification", pairs=True)
+    result = fw.train(base, None, task, config(**FAST))
+    rows = task.split("test").examples
+    found = fw.predict(base, result.prefix, [row.texts[0] for row in rows], batch_size=4)
+    outputs = fw.evaluate(base, result.prefix, task).outputs
+    assert [each.label for each in found] == [output.text for output in outputs]
+    assert [each.probability for each in found] == pytest.approx([output.probability for output in outputs], rel=1e-4)
+    assert fw.predict(base, result.prefix, []) == []
+    for texts, message in [("one", "one string"), ([("a", "b", "c")], "3 texts in row 0"), ([""], "has no tokens")]:
+        with pytest.raises(DataError, match=message):
+            fw.predict(base, result.prefix, texts)
+    with pytest.raises(PrefixError, match="a prefix without a head"):
+        fw.predict(base, fw.Prefix.new(base, 3), ["a"])
+    with pytest.raises(PrefixError, match="a prefix without a head predicts no labels; expected a prefix trained for"):
+        fw.evaluate(base, fw.Prefix.new(base, 3), task)
+    with pytest.raises(PrefixError, match="the untouched encoder without a head predicts no labels"):
+        fw.evaluate(base, None, task)
+    with pytest.raises(ConfigError, match="num_beams for task 'toy-classification'; expected no options of generation"):
+        fw.evaluate(base, result.prefix, task, num_beams=2)
+    with pytest.raises(ConfigError, match="select 'score' for task 'toy'"):
+        fw.train(tiny_base("llama"), None, ToyTask(), config(select="score"))
+
+
+# The commands
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("encoder")
+    tiny_model("bert").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Own rows of every kind: rows.csv with labels, rows.conll with tags, and test rows of both."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, count in (("rows", 24), ("test", 8)):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "other", "label"])
+            writer.writerows(
+                [f"{name} {k} is " + ("low", "high")[k % 2], f"{k}?", ("no", "yes")[k % 2]] for k in range(count)
+            )
+        sentences = [f"the O\n{k}{name} B-NUM\npubs O\n" for k in range(count)]
+        (folder / f"{name}.conll").write_text("\n".join(sentences))
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command line; (exit status, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return call
+
+
+SMALL = ["--epochs", 4, "--length", 3, "--batch-size", 6, "--learning-rate", 0.02]
+COLUMNS = ["--text-column", "text", "--label-column", "label"]
+
+
+def test_labels_from_own_files(run: Any, encoder: str, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels"
+    status, text, err = run(
+        "train", "--base", encoder, "--train", files / "rows.csv", "--test", files / "test.csv", *COLUMNS,
+        "--text-pair-column", "other", *SMALL, "--evaluate", "-o", out, "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "dev accuracy" in text and "nats per label" in text and "foreword predict" in text
+    assert set(json.loads(text.splitlines()[-1])["scores"]) == {"accuracy", "macro_f1"}
+    saved = json.loads((out / "evaluation.json").read_text())
+    status, text, err = run("evaluate", out, "--test", files / "test.csv", *COLUMNS, "--text-pair-column", "other")
+    assert status == 0, err
+    assert "accuracy" in text and str(out / "evaluation.json") in text
+    again = json.loads((out / "evaluation.json").read_text())
+    assert again["scores"] == saved["scores"] and again["outputs"] == saved["outputs"]
+    assert again["record"]["seed"] == 0 and again["record"]["versions"] and again["parameters"]["head"] > 0
+    status, text, _ = run("predict", "-p", out, "rows 1 is high", "1?", "--json")
+    (found,) = json.loads(text.splitlines()[-1])["predictions"]
+    assert status == 0 and found["label"] in ("no", "yes") and found["probability"] >= 0.5
+    status, _, err = run("generate", "-p", out, "hello")
+    assert status == 1 and "a prefix with a head, which predicts labels; expected one that writes text" in err
+
+
+def test_tags_from_own_files_and_from_standard_input(
+    run: Any, encoder: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    out = tmp_path / "tags"
+    status, _, err = run("train", "--base", encoder, "--train", files / "rows.conll", *SMALL, "-o", out)
+    assert status == 0, err
+    status, text, err = run("evaluate", out, "--test", files / "test.conll")
+    assert status == 0 and "entity_f1" in text, err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the 3rows pubs\n"))
+    status, text, err = run("predict", "-p", out)
+    assert status == 0 and [line.split("\t")[0] for line in text.splitlines() if line] == ["the", "3rows", "pubs"], err
+
+
+def test_several_seeds_in_one_command(run: Any, encoder: str, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    command = (
+        "train", "--base", encoder, "--train", files / "rows.csv", "--test", files / "test.csv", *COLUMNS, *SMALL,
+        "--shots", 4, "--seeds", 2, "--evaluate", "--gates", "apt", "-o", out, "--json",
+    )  # fmt: skip
+    status, text, err = run(*command)
+    assert status == 0, err
+    assert "mean ± sd" in text and "test scores" in text and "seed 1" in text
+    assert json.loads(text.splitlines()[-1])["scores"]["accuracy"]["per_seed"]
+    assert sorted(path.name for path in out.iterdir()) == ["seed0", "seed1", "summary.json"]
+    assert run(*command)[1].splitlines()[-1].split('"started"')[0] == text.splitlines()[-1].split('"started"')[0]
+
+
+OWN = ["train", "--train", "ROWS", *COLUMNS]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "rte", "--label-column", "x"], "task 'rte' together with --label-column"),
+        ([*OWN, "--tags-column", "t"], "--text-column together with --tags-column"),
+        ([*OWN, "--text-column", "texts"], "no column 'texts'"),
+        ([*OWN, "--shots", "50"], "class 'no' has"),
+        ([*OWN, "--evaluate"], "--evaluate without --test"),
+        ([*OWN, "--gates", "some"], "gates = 'some'; expected none, apt, static or mass"),
+        ([*OWN, "--gates", "apt", "--gate-pooling", "prompt"], "gate pooling 'prompt' in an encoder"),
+        ([*OWN, "--head-dropout", "1"], "head_dropout = 1.0; expected at most 0.9"),
+        (["train", "trails"], "is an encoder and writes no completions"),
+        (["train", "trails", "--shots", "4"], "shots of task 'trails'"),
+        (["predict", "a text"], "no --prefix"),
+        (["evaluate", "--task", "rte"], "the untouched encoder without a head predicts no labels"),
+    ],
+)
+def test_errors_are_one_line(
+    run: Any, encoder: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    base = [] if arguments[0] == "predict" else ["--base", encoder]
+    given = [str(files / "rows.csv") if word == "ROWS" else word for word in arguments]
+    status, out, err = run(*given, *base)
+    assert status == 1 and not out
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last and "; " in last
+    assert not list(tmp_path.rglob("config.json"))
