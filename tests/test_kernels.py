@@ -172,9 +172,17 @@ def test_log_mass_has_a_gradient(kernel: Callable[[Case], Tensor]) -> None:
     check(kernel, make(text_bias=causal(5, 5), slot_bias=mass))
 
 
-def test_position_bias_has_a_gradient() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_position_bias_has_a_gradient(batch: int) -> None:
     bias = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    check(short, make(text_bias=bias))
+    check(short, make(batch, text_bias=bias))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_mass_of_each_query_has_a_gradient(kernel: Callable[[Case], Tensor]) -> None:
+    """A bias of the full shape, beside a bias of the full shape: nothing of it is summed."""
+    mass = torch.randn(1, 4, 5, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    check(kernel, make(1, text_bias=torch.zeros(1, 4, 5, 5), slot_bias=mass, gate="token"))
 
 
 @pytest.mark.parametrize("gate", GATES)

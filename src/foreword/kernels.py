@@ -235,7 +235,8 @@ class _ShortAttention(torch.autograd.Function):
                 grad_scores.view(shape)[..., :slots] *= gate.unsqueeze(2)
             grad_scores.sub_(delta).mul_(flat)
             if ctx.needs_input_grad[3]:
-                grad_bias = _ungroup(grad_scores.view(weights.shape), ctx.bias_shape)
+                # a copy where nothing is summed: the scores go on to be scaled in place
+                grad_bias = _ungroup(grad_scores.view(weights.shape), ctx.bias_shape).clone()
             grad_scores.mul_(ctx.scaling)
             if gate is not None:  # through the gated scores
                 if by_value is not None:
