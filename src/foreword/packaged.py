@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from torch import Tensor
 
-__all__ = ["PackagedModel", "ensure_packaged", "packaged_models"]
+__all__ = ["PackagedModel", "ensure_packaged", "packaged_folder", "packaged_models"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -116,7 +116,7 @@ def ensure_packaged(name: str, progress: Progress | None = None) -> Path:
     if model is None:
         known = ", ".join(packaged_models())
         raise ModelNotFound(f"no packaged model {name!r}", f"one of {known}", "check the name")
-    folder = _cache() / "models" / f"{model.name}-{model.version}"
+    folder = packaged_folder(model)
     if _is_whole(folder, model):
         return folder
     with storage_errors(folder):
@@ -128,6 +128,11 @@ def ensure_packaged(name: str, progress: Progress | None = None) -> Path:
                     shutil.rmtree(folder)
                 _build(model, folder, progress or _silent)
     return folder
+
+
+def packaged_folder(model: PackagedModel) -> Path:
+    """Where a packaged model is, or will be, unpacked."""
+    return _cache() / "models" / f"{model.name}-{model.version}"
 
 
 def _silent(stage: str, done: int, total: int) -> None:

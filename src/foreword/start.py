@@ -19,7 +19,7 @@ from foreword.prune import lengths_from, rewound, start_gates_from, with_lengths
 from foreword.runs import find_prefix
 from foreword.tasks import FewShot, Task
 
-__all__ = ["RETRAIN", "Start", "of_seed"]
+__all__ = ["RETRAIN", "Start", "drawn_as", "of_seed", "seeds_in"]
 
 Progress = Callable[[int, int], None]
 
@@ -72,10 +72,22 @@ class Start:
         return module.fold(keep_training_state=True)
 
 
+def seeds_in(path: Path) -> list[int]:
+    """The seeds in a folder of several, in order; none for the folder of one run or prefix."""
+    names = [each.name.removeprefix("seed") for each in path.glob("seed[0-9]*") if each.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def drawn_as(prefix: Prefix, task: Task) -> Task:
+    """The task with the rows that a prefix was trained and selected on: drawn again where it was trained on a few."""
+    training = prefix.metadata.get("training") or {}
+    return FewShot(task, training["shots"], training["seed"]) if training.get("shots") else task
+
+
 def of_seed(path: Path, seed: int) -> Path:
     """The folder of a seed, where `path` is one of several seeds; else `path` itself."""
     own = path / f"seed{seed}"
-    if not own.is_dir() and any(path.glob("seed[0-9]*")):
+    if not own.is_dir() and seeds_in(path):
         raise ConfigError(f"no seed {seed} in {path}", "a folder of that seed", "train it, or choose other seeds")
     return own if own.is_dir() else path
 
@@ -86,5 +98,4 @@ def _probe_of(base: BaseModel, path: Path, task: Task, config: TrainConfig, prog
     kept = saved_probe(beside(path, "probe"), prefix, task.name, "dev")
     if kept is not None:
         return kept
-    drawn = FewShot(task, config.shots, config.seed) if config.shots else task
-    return probe(base, prefix, drawn, limit=config.dev_limit or None, progress=progress)
+    return probe(base, prefix, drawn_as(prefix, task), limit=config.dev_limit or None, progress=progress)

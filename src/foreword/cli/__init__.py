@@ -10,7 +10,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from foreword.cli import check, demo, evaluate, generate, models, predict, prefixes, train
+from foreword.cli import (
+    check,
+    compare,
+    demo,
+    evaluate,
+    explain,
+    generate,
+    models,
+    predict,
+    prefixes,
+    probe,
+    prune,
+    similarity,
+    train,
+)
 from foreword.cli.console import note
 from foreword.errors import ForewordError
 
@@ -45,6 +59,11 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("show")(prefixes.show)
 app.command("fold")(prefixes.fold)
+app.command("probe")(probe.probe)
+app.command("prune")(prune.prune)
+app.command("explain")(explain.explain)
+app.command("compare")(compare.compare)
+app.command("similarity")(similarity.similarity)
 app.command("check")(check.check)
 app.command("models")(models.models)
 app.command("demo")(demo.demo)

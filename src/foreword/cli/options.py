@@ -142,6 +142,20 @@ def _check_device(device: str | None) -> None:
         raise ConfigError(f"device {device!r}", " or ".join(here), "choose one of them") from None
 
 
+def load_prefixes(
+    path: Path, base: str | None, dtype: str, device: str | None
+) -> tuple[BaseModel, list[tuple[str, Path, Prefix]]]:
+    """The prefix of `path`, or those of a folder of several seeds: each with its seed's folder name, and its path."""
+    from foreword.prefix import Prefix
+    from foreword.runs import find_prefix
+    from foreword.start import seeds_in
+
+    names = [f"seed{seed}" for seed in seeds_in(path)] or [""]
+    loaded, first = load_prefix(path / names[0], base, dtype, device)
+    rest = [(name, path / name, Prefix.load(find_prefix(path / name), loaded)) for name in names[1:]]
+    return loaded, [(names[0], path / names[0], first), *rest]
+
+
 def load_prefix(path: Path, base: str | None, dtype: str, device: str | None) -> tuple[BaseModel, Prefix]:
     """A prefix (a prefix folder, or the best of a run folder) and its base model, which `base` may name anew."""
     from foreword.artifact import read_header
