@@ -79,7 +79,8 @@ def parameter_groups(module: PrefixModule, head: nn.Module | None, config: Train
     own = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
     heads = [] if head is None else list(head.parameters())
     rate = config.learning_rate
-    rates = (rate, config.gate_learning_rate or rate, config.head_learning_rate or rate)
+    # W sums over hundreds of hidden units that Adam moves alike, so that gates soon saturate at the prefix's rate.
+    rates = (rate, config.gate_learning_rate or rate / 10, config.head_learning_rate or rate)
     groups = zip((own, gates, heads), rates, strict=True)
     return [{"params": parameters, "lr": peak, "peak": peak} for parameters, peak in groups if parameters]
 

@@ -108,7 +108,7 @@ class TrainConfig:
     )
     learning_rate: float = _option(5e-3, "Peak learning rate of AdamW.", above=0.0)
     gate_learning_rate: float = _option(
-        0.0, "Peak learning rate of the gates. 0: learning_rate.", low=0.0, special=True
+        0.0, "Peak learning rate of the gates. 0: a tenth of learning_rate.", low=0.0, special=True
     )
     head_learning_rate: float = _option(0.0, "Peak learning rate of the head. 0: learning_rate.", low=0.0, special=True)
     beta1: float = _option(0.9, "AdamW's decay of the gradient's mean.", low=0.0, high=0.9999)
