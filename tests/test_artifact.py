@@ -81,19 +81,33 @@ def assert_equal(got: Prefix, wanted: Prefix) -> None:
 # Round trips
 
 
+@pytest.mark.parametrize(("kind", "pooling"), [("classification", "token"), ("choice", "token"), ("tagging", "mean")])
+def test_a_head_reads_what_its_kind_reads(kind: str, pooling: str, tmp_path: Path) -> None:
+    head = Head(kind, ("only",), pooling, torch.randn(1, 12), torch.randn(1))
+    with pytest.raises(PrefixFormatError, match=f"pooling is '{pooling}'"):
+        save_prefix(make(head=head), tmp_path / "p")
+
+
 def test_gates_and_head_come_back(tmp_path: Path) -> None:
     head = Head("classification", ("no", "yes", "maybe"), "mean", torch.randn(3, 12), torch.randn(3))
-    for name, prefix in {"gate": make(gate="cls", mass=True), "head": make(gate="token", head=head)}.items():
+    for name, prefix in {"gate": make(gate="token", mass=True), "head": make(gate="token", head=head)}.items():
         save_prefix(prefix, tmp_path / name)
         assert_equal(load_prefix(tmp_path / name, base_for(prefix)), prefix)
 
 
 def test_gates_of_another_width_are_refused(tmp_path: Path) -> None:
-    prefix = make(gate="mean")
+    prefix = make(gate="token")
     save_prefix(prefix, tmp_path / "p")
     other = base_for(prefix, hidden_sizes=dict.fromkeys(prefix.geometry, 16))
     with pytest.raises(PrefixMismatch, match="the gate at decoder.0 reads 12 hidden units, 'tiny' has 16; expected"):
         load_prefix(tmp_path / "p", other)
+
+
+def test_gates_that_would_read_what_is_to_come_are_refused(tmp_path: Path) -> None:
+    prefix = make(gate="mean")
+    save_prefix(prefix, tmp_path / "p")
+    with pytest.raises(PrefixMismatch, match="gate pooling 'mean' in a causal decoder, at decoder.0; expected token"):
+        load_prefix(tmp_path / "p", base_for(prefix))
 
 
 @pytest.mark.parametrize("mass", [False, True])

@@ -206,6 +206,23 @@ def test_prompt_gates_stay_while_text_is_written() -> None:
     assert not torch.allclose(unmarked, whole, atol=1e-3)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_prompt_gates_do_not_read_the_padding_of_prompts(name: str, cache: str | None) -> None:
+    """A padded prompt writes what it writes by itself, whichever form of mask `generate` makes for its cache."""
+    base = tiny_base(name)
+    prefix = with_gates(base, prefix_for(base), "prompt")
+    ids = tiny_inputs(name, batch=2, tokens=11)["input_ids"]
+    ids[1, :4] = 0
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    kind = {} if cache is None else {"cache_implementation": cache, "disable_compile": True}
+    with torch.no_grad(), base.rows(prefix, 2) as rows:
+        both = base.model.generate(input_ids=ids, attention_mask=ids.ne(0).long(), prefix_ids=rows, **kind, **options)
+        alone = base.model.generate(input_ids=ids[1:, 4:], prefix_ids=rows[1:], **options)
+    for got, want in zip(both.logits, alone.logits, strict=True):
+        torch.testing.assert_close(got[1:], want, atol=1e-4, rtol=1e-4)
+
+
 def test_prompt_gates_refuse_a_cache_of_other_rows() -> None:
     base = tiny_base("llama")
     prefix = with_gates(base, prefix_for(base), "prompt")
@@ -231,9 +248,10 @@ def test_packed_rows_refuse_gates_that_read_a_whole_text() -> None:
     prefixes = [with_gates(base, prefix_for(base), pooling) for pooling in ("prompt", "token")]
     ids = torch.tensor([[5, 6, 7, 8]])
     with base.rows(prefixes, 2) as rows:
-        owners = rows.repeat_interleave(2)[None]
-        with pytest.raises(PrefixError, match="packed rows with a prefix whose gates read the prompt"):
-            base.model(ids, prefix_ids=owners)
+        for owners in (rows.repeat_interleave(2), rows[:1].repeat(4)):  # two prefixes, or one for both texts
+            with pytest.raises(PrefixError, match="packed rows with a prefix whose gates read the prompt"):
+                base.model(ids, prefix_ids=owners[None])
+        base.model(ids, prefix_ids=rows[1:].repeat(4)[None])  # each token has a gate of its own
 
 
 # In the bank
@@ -316,8 +334,31 @@ def test_a_folded_prefix_with_gates_is_trained_further_with_them() -> None:
     for site, tensors in again().items():
         for name, tensor in tensors.named().items():
             torch.testing.assert_close(tensor, folded.sites[site].named()[name], msg=name)
-    with pytest.raises(ConfigError, match="gates 'static' for a prefix with 'apt' gates of its own"):
+    with pytest.raises(
+        ConfigError, match="gates with kind static, pooling none for a prefix that has"
+    ):
         parametrize(folded, gates=GateOptions("static"))
+    same = parametrize(folded, gates=GateOptions("apt", pooling="mean", layer_start=1.0))  # the default, by its name
+    assert same.gates is not None and same.gates.gate_options.layer_start == 2.0
+
+
+def test_a_frozen_slot_is_under_no_gates() -> None:
+    base = tiny_base("llama")
+    with pytest.raises(ConfigError, match="a frozen first slot under gates, which would move it"):
+        parametrize(prefix_for(base), freeze_first_slot=True, gates=GateOptions("static"))
+
+
+def test_gates_that_a_stack_cannot_have_are_not_attached() -> None:
+    base = tiny_base("bert")
+    with pytest.raises(PrefixMismatch, match="gate pooling 'prompt' in an encoder; .*|at encoder.0"):
+        base.logits(prefixes=with_gates(base, prefix_for(base), "prompt"), **tiny_inputs("bert"))
+
+
+def test_the_hash_tells_what_gates_read() -> None:
+    base = tiny_base("bert")
+    prefix = prefix_for(base)
+    hashes = {with_gates(base, prefix, pooling).sha256() for pooling in ("cls", "mean", "token")}
+    assert len(hashes | {prefix.sha256()}) == 4 and prefix.sha256() == prefix_for(base).sha256()
 
 
 def test_mass_gates_are_a_mass_between_0_and_1() -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from foreword.errors import PrefixFormatError, PrefixMismatch
+from foreword.gates import check_poolings
 from foreword.header import (
     BLANK_HASH,
     FORMAT_VERSION,
@@ -214,6 +215,7 @@ def load_prefix(path: str | Path, base: BaseModel | None = None) -> Prefix:
         prefix.head = Head(head["kind"], labels, head["pooling"], tensors["head.weight"], tensors["head.bias"])
     if base is not None:
         prefix.check_base(base.name, base.fingerprint, base.geometry, base.hidden_sizes)
+        check_poolings(prefix.sites)
         if base.max_tokens is not None and prefix.length > base.max_tokens:
             raise PrefixMismatch(
                 f"prefix in {path} has {prefix.length} slots",

@@ -21,7 +21,8 @@ from foreword.errors import PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.families import Family, adapter_of, family_of, find_sites
 from foreword.families.inputs import default_positions, smallest_inputs
 from foreword.fingerprint import fingerprint
-from foreword.interface import ATTRIBUTE, EAGER, SDPA, Binding, attend_adapted
+from foreword.gates import check_poolings
+from foreword.interface import ATTRIBUTE, EAGER, SDPA, Binding, attend_adapted, seen_tokens
 from foreword.parametrization import PrefixModule, parametrize
 from foreword.prefix import Geometry, Prefix, Site, Sites, SiteShape
 
@@ -205,7 +206,7 @@ class Attachment:
             before, self._current = self._current, running
             try:
                 if self.family.own_adapter:
-                    with self._recomputed_alike(running):
+                    with self._recomputed_alike():
                         return original(*args, **kwargs)
                 output = original(*args, prefix_ids=running, **kwargs)
                 if running.kept:  # a cache that the model made itself goes on with the prompt's gates too
@@ -234,11 +235,11 @@ class Attachment:
         if self.family.kind != "decoder":
             return None, None, False
         inputs = self._arguments(args, kwargs)
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache = inputs.get("past_key_values")
         kept: dict[Site, Tensor] = {} if cache is None else cache.__dict__.setdefault(ATTRIBUTE, {})
         goes_on = cache is not None and bool(cache.get_seq_length())
-        if not goes_on and given is None and isinstance(mask, Tensor) and mask.dim() == 2:
-            given = mask
+        if not goes_on and given is None:
+            given = _unpadded(inputs)
         return None if given is None else given.bool(), kept, goes_on
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -246,21 +247,27 @@ class Attachment:
         names = inspect.signature(self.model.forward).parameters
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
+    def reading_alike(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """The same layer, which reads what the running forward pass reads also when a backward computes it again."""
+        running = self._current
+
+        def again(*inputs: Any, **options: Any) -> Any:
+            before, self._current = self._current, running
+            try:
+                return layer(*inputs, **options)
+            finally:
+                self._current = before
+
+        return again
+
     @contextlib.contextmanager
-    def _recomputed_alike(self, call: Pass) -> Iterator[None]:
-        """Inside, checkpointed layers are set up to read `call` again when a later backward recomputes them."""
+    def _recomputed_alike(self) -> Iterator[None]:
+        """Inside, checkpointed layers are set up to read the same when a later backward recomputes them."""
         layers = [m for m in self.model.modules() if "_gradient_checkpointing_func" in m.__dict__]
         functions = [layer.__dict__["_gradient_checkpointing_func"] for layer in layers]
 
         def checkpointed(function: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def again(*inputs: Any, **options: Any) -> Any:
-                before, self._current = self._current, call
-                try:
-                    return layer(*inputs, **options)
-                finally:
-                    self._current = before
-
-            return function(again, *args, **kwargs)
+            return function(self.reading_alike(layer), *args, **kwargs)
 
         try:
             for layer, function in zip(layers, functions, strict=True):
@@ -307,6 +314,23 @@ class Attachment:
         order = sorted(sites, key=lambda site: (list(self.family.places).index(site.stack), site.layer))
         shapes = {site: (key.shape, value.shape) for site, (key, value) in recorded.items()}
         return {site: SiteShape(shapes[site][0][1], shapes[site][0][3], shapes[site][1][3]) for site in order}
+
+
+def _unpadded(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens of a forward's arguments are no padding, `[batch, tokens]`; None: all.
+
+    `generate` makes masks of attention, one for each kind of layer, where the cache has a fixed size.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Mapping):
+        mask = next((each for each in mask.values() if each is not None), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask
+    given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    seen = seen_tokens(mask)
+    return None if seen is None else seen[:, : given.shape[1]]
 
 
 def _keep_with(output: Any, kept: dict[Site, Tensor]) -> None:
@@ -377,6 +401,7 @@ def check_prefix(attachment: Attachment, prefix: Prefix, check_fingerprint: bool
     known = fingerprint(model) if check_fingerprint else prefix.fingerprint
     name = model.config.name_or_path or type(model).__name__
     prefix.check_base(name, known, attachment.geometry, attachment.hidden_sizes)
+    check_poolings(prefix.sites)
     if prefix.position_offset and attachment.family.kind == "encoder-decoder":
         raise PrefixMismatch(
             f"the prefix has position offset {prefix.position_offset}, the model is an encoder-decoder",

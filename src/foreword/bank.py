@@ -292,10 +292,15 @@ class Bank:
             raise PrefixError(
                 f"prefix_ids contain {min(unknown)}", f"0 (none) or one of {sorted(self.prefixes)}", "attach it first"
             )
-        if len(present) == 1:
+        if len(present) == 1 and not (prefix_ids.dim() == 2 and self._pools(present)):
             (index,) = present
             return Shared(self.entry(index)) if index else NO_PREFIX
         return PerRow(self, prefix_ids) if prefix_ids.dim() == 1 else PerToken(self, prefix_ids)
+
+    def _pools(self, indices: set[int]) -> bool:
+        """Whether any of these prefixes has gates that read more than one token."""
+        sites = [tensors for index in indices for tensors in self.entry(index).values()]
+        return any(tensors.gate is not None and tensors.gate.pooling != "token" for tensors in sites)
 
     def offsets(self, prefix_ids: Tensor) -> Tensor | None:
         """The position offsets of these indices, None if all are 0."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from torch import nn
@@ -89,24 +88,12 @@ def identity_of(
     base: BaseModel, prefix: Prefix | None, task: Task, config: TrainConfig, splits: dict[str, Split]
 ) -> dict[str, Any]:
     """What decides the result: a run folder is for one identity."""
-    start = f"text {config.text or task.instruction!r}" if prefix is None else f"prefix {_digest(prefix)}"
+    start = f"text {config.text or task.instruction!r}" if prefix is None else f"prefix {prefix.sha256(training=True)}"
     return {
         **config.decisive(), "task": task.name, "start": start, "base": base.fingerprint,
         "dtype": str(base.dtype).removeprefix("torch."),
         "data": {name: split.sha256 for name, split in splits.items()},
     }  # fmt: skip
-
-
-def _digest(prefix: Prefix) -> str:
-    """A hash of all tensors that training starts from."""
-    digest = hashlib.sha256()
-    tensors = [(str(site), tensor) for site, each in prefix.sites.items() for tensor in each.named().values()]
-    if prefix.head is not None:
-        tensors += [("head", prefix.head.weight), ("head", prefix.head.bias)]
-    for name, tensor in [*tensors, *sorted((prefix.training_state or {}).items())]:
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def describe_rows(split: Split, rows: Rows, chosen: bool) -> dict[str, Any]:

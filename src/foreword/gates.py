@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from foreword.errors import ConfigError, PrefixError
+from foreword.errors import ConfigError, PrefixError, PrefixMismatch
 from foreword.prefix import POOLINGS, Gate, Site, Sites, SiteTensors
 
-__all__ = ["GATE_KINDS", "GateInput", "GateOptions", "Gates", "gate_of", "pool"]
+__all__ = ["GATE_KINDS", "GateInput", "GateOptions", "Gates", "check_poolings", "gate_of", "pool"]
 
 GATE_KINDS = ("none", "apt", "static", "mass")
 
@@ -72,6 +72,31 @@ class GateOptions:
             f"gate pooling {self.pooling!r} in a causal decoder", "token or prompt",
             "the other two would read tokens that are still to come",
         )  # fmt: skip
+
+    def differences(self, other: GateOptions, sites: Iterable[Site], stacks: Collection[str]) -> tuple[str, str] | None:
+        """What two sets of options make differently at these sites, as (own, other); None if nothing."""
+
+        def told(options: GateOptions) -> list[str]:
+            reads = options.kind == "apt" and options.slots
+            poolings = sorted({options.pooling_at(site, stacks) for site in sites}) if reads else []
+            return [
+                f"kind {options.kind}", f"slot gates {options.slots}", f"layer gates {options.layers}",
+                f"pooling {' and '.join(poolings) or 'none'}",
+            ]  # fmt: skip
+
+        pairs = [(own, theirs) for own, theirs in zip(told(self), told(other), strict=True) if own != theirs]
+        return (", ".join(own for own, _ in pairs), ", ".join(theirs for _, theirs in pairs)) if pairs else None
+
+
+def check_poolings(sites: Sites) -> None:
+    """Raise `PrefixMismatch` for gates that read what their stack cannot give them."""
+    stacks = {site.stack for site in sites}
+    for site, tensors in sites.items():
+        if tensors.gate is not None:
+            try:
+                GateOptions("apt", pooling=tensors.gate.pooling).pooling_at(site, stacks)
+            except ConfigError as error:
+                raise PrefixMismatch(f"{error.got}, at {site}", error.expected, "train the prefix anew") from None
 
 
 class GateInput:

@@ -146,7 +146,7 @@ def _raise_to_version_2(fields: _Fields) -> None:
 
 def _check_head(head: _Fields) -> None:
     kind = head.choice("kind", ("classification", "choice", "tagging"))
-    head.choice("pooling", ("cls", "mean", "token"))
+    head.choice("pooling", ("token",) if kind == "tagging" else ("cls", "mean"))
     labels = head.get("labels")
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise PrefixFormatError(f"{head.where}: labels is {str(labels)[:40]}", "a list of texts", RETRAIN)

@@ -26,7 +26,7 @@ from foreword.prefix import Site
 if TYPE_CHECKING:
     from foreword.attention import Attachment
 
-__all__ = ["ATTRIBUTE", "EAGER", "SDPA", "Binding", "attend_adapted"]
+__all__ = ["ATTRIBUTE", "EAGER", "SDPA", "Binding", "attend_adapted", "seen_tokens"]
 
 # The names under which models find our function; each keeps the mask format and the text attention of its twin.
 SDPA, EAGER = "foreword", "foreword_eager"
@@ -65,7 +65,7 @@ class Binding:
                 attachment.hidden_sizes[site] = hidden.shape[-1]
         running = attachment.resolve(prefix_ids)
         given = GateInput(
-            functools.partial(_found, hidden, site), functools.partial(_text, mask),
+            functools.partial(_found, hidden, site), functools.partial(seen_tokens, mask),
             running.prompt, running.kept, running.goes_on,
         )  # fmt: skip
         slots = running.call.slots(site, query, given)
@@ -84,8 +84,11 @@ def _found(hidden: Tensor | Callable[[], Tensor] | None, site: Site) -> Tensor:
     return hidden() if callable(hidden) else hidden
 
 
-def _text(mask: Tensor | None) -> Tensor | None:
-    """Which tokens any query sees, bool `[batch or 1, tokens]`: all but padding, in a stack that is not causal."""
+def seen_tokens(mask: Tensor | None) -> Tensor | None:
+    """Which keys any query sees under a mask of attention, bool `[batch or 1, keys]`.
+
+    In a pass over a whole text these are all tokens but padding: each sees itself at least.
+    """
     if mask is None:
         return None
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

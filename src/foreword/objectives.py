@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from foreword.base import BaseModel, Prefixes
 from foreword.data import Encoded, Rows, encode_split, usable_rows, why_unusable
-from foreword.errors import ConfigError, PrefixError, UnsupportedModel
+from foreword.errors import ConfigError, PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.heads import HeadModule, kept_shares, pooled
 from foreword.metrics import get_metric
 from foreword.prefix import Head, Sites
@@ -154,6 +154,8 @@ class LabelWords(Objective):
         lengths = [len(ids) for ids in candidates]
         reasons = [why_unusable(len(prompt), length, self.base.max_tokens, joint) for length in lengths]
         reason = next(filter(None, reasons), "")
+        if right >= len(candidates):
+            reason = f"label {example.label!r} of {len(candidates)} options"
         return Encoded(_Options(prompt, candidates, right), len(prompt) + max(lengths), reason)
 
     def loss(self, rows: Rows, numbers: Sequence[int], sites: Sites, step: int = 0) -> tuple[Tensor, int]:  # noqa: ARG002
@@ -216,8 +218,13 @@ class _Head(Objective):
         if not task.labels:
             raise ConfigError(f"task {task.name!r} without labels", "at least one", "name its labels")
         self.options = options
+        hidden = base.model.config.hidden_size
+        if head is not None and head.weight.shape[1] != hidden:
+            raise PrefixMismatch(
+                f"a head for {head.weight.shape[1]} hidden units", f"{hidden}, those of {base.name!r}",
+                "train it on this base model",
+            )  # fmt: skip
         if head is None:
-            hidden = base.model.config.hidden_size
             self.head = HeadModule.new(task.kind, task.labels, pooling, hidden, options.seed)
         else:
             self.head = HeadModule(head)
@@ -279,6 +286,8 @@ class TextHead(_Head):
             texts = [next(found) for _ in example.texts]
             values = _Texts(texts, (self.task.labels.index(example.label),))
             reason = "" if all(text.ids for text in texts) else "a text has no tokens"
+            if self.task.kind == "choice" and values.labels[0] >= len(texts):
+                reason = f"label {example.label!r} of {len(texts)} options"
             tokens = sum(len(text.ids) for text in texts)
             encoded.append(Encoded(values, tokens, reason, any(text.cut for text in texts)))
         return usable_rows(split, encoded, strict=strict, progress=progress)

@@ -13,6 +13,7 @@ from accelerate.state import is_initialized
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from foreword.attention import attachment_of
 from foreword.errors import ConfigError, ForewordError, MissingPackage, UnsupportedModel
 
 __all__ = ["Processes", "checkpoint_layers", "shard_model"]
@@ -126,6 +127,7 @@ def checkpoint_layers(model: nn.Module) -> Callable[[], None]:
     """
     from torch.utils.checkpoint import checkpoint
 
+    attachment = attachment_of(model)
     layers = [m for m in model.modules() if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
     if not layers:
         raise UnsupportedModel(
@@ -136,7 +138,8 @@ def checkpoint_layers(model: nn.Module) -> Callable[[], None]:
         def checkpointed(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            again = forward if attachment is None else attachment.reading_alike(forward)
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return checkpointed
 

@@ -290,10 +290,11 @@ def parametrize(
 ) -> PrefixModule:
     """A module that starts at `prefix`: "direct" or "mlp" (`hidden` units, random parts from `seed`).
 
-    With `gates` it is trained with gates, and still starts at the function of `prefix`; those that read the text need
-    `hidden_sizes`, the base model's. A prefix with a training state goes on from it, in its own kind and size, and one
-    that has gates goes on with them; asking for others is a `ConfigError`. What is not asked for is as the prefix was
-    trained last, else direct, 512 hidden units, no frozen slot, no gates.
+    With `gates` it is trained with gates, and still starts at the function of `prefix`, except that new mass gates
+    start at g = 0.98, where they can move. Gates that read the text need `hidden_sizes`, the base model's. A prefix
+    with a training state goes on from it, in its own kind and size, and one whose gates read the text goes on with
+    them; asking for others is a `ConfigError`. Other gates are part of its keys, values and masses. What is not asked
+    for is as the prefix was trained last, else direct, 512 hidden units, no frozen slot, no gates.
 
     >>> site = SiteTensors(torch.ones(2, 4, 8), torch.ones(2, 4, 8))
     >>> module = parametrize(Prefix({Site("decoder", 0): site}, "tiny", ""), "mlp", hidden=16)
@@ -318,6 +319,10 @@ def parametrize(
     module: PrefixModule
     if kind == "direct":
         frozen = before.get("freeze_first_slot", False) if freeze_first_slot is None else freeze_first_slot
+        if frozen and made is not None:
+            raise ConfigError(
+                "a frozen first slot under gates, which would move it", "one of both", "leave the first slot free"
+            )
         module = DirectPrefix(start, frozen)
     elif kind != "mlp":
         raise ConfigError(f"parametrization {kind!r}", "'direct' or 'mlp'", "choose one of them")
@@ -335,11 +340,14 @@ def _gates(prefix: Prefix, asked: GateOptions | None, hidden_sizes: Mapping[Site
     """The gates that a prefix is trained with: its own, else those that are asked for."""
     own = _own_gates(prefix)
     wanted = None if asked is None or asked.kind == "none" else asked
-    if own is not None and wanted is not None and wanted != own:
-        raise ConfigError(
-            f"gates {wanted.kind!r} for a prefix with {own.kind!r} gates of its own", "the same, or none asked for",
-            "leave them out, or fold the prefix's gates first",
-        )  # fmt: skip
+    if own is not None and wanted is not None:
+        stacks = {site.stack for site in prefix.sites}
+        different = own.differences(wanted, prefix.sites, stacks)
+        if different:
+            raise ConfigError(
+                f"gates with {different[1]} for a prefix that has gates of its own", different[0],
+                "leave them out, or fold the prefix's gates first",
+            )  # fmt: skip
     options = own or wanted
     if options is None:
         return None

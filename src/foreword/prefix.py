@@ -8,6 +8,7 @@ Nothing here knows `transformers`; `foreword.attention` brings these functions i
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -196,6 +197,27 @@ class Prefix:
     def tensors(self) -> dict[str, Tensor]:
         """The folded tensors of all sites, as `decoder.0.keys` and so on."""
         return {f"{site}.{name}": tensor for site, each in self.sites.items() for name, tensor in each.named().items()}
+
+    def sha256(self, training: bool = False) -> str:
+        """A hash of all that decides what the prefix does: tensors, what gates read, the head.
+
+        With `training` also of what training goes on from.
+        """
+        named = self.tensors()
+        if self.head is not None:
+            named |= {"head.weight": self.head.weight, "head.bias": self.head.bias}
+        if training:
+            named |= {f"training.{name}": tensor for name, tensor in (self.training_state or {}).items()}
+        digest = hashlib.sha256()
+        for name, tensor in sorted(named.items()):
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for site, tensors in self.sites.items():
+            if tensors.gate is not None:
+                digest.update(f"{site} {tensors.gate.pooling}".encode())
+        if self.head is not None:
+            digest.update(f"{self.head.kind} {self.head.labels} {self.head.pooling}".encode())
+        return digest.hexdigest()
 
     def fold(self) -> Prefix:
         """The same function without the training state: plain keys, values and masses."""

@@ -141,7 +141,8 @@ class RunFolder:
         prefix.save(self.prefix)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Mark the run as finished; the state is no longer needed and removed."""
+        """Mark the run as finished and remove what is of no more use: the state, and scores of earlier prefixes."""
+        self._forget_evaluations()
         self._write_json(SUMMARY, {"status": "finished", **summary})
         (self.path / STATE).unlink(missing_ok=True)
 
@@ -165,8 +166,14 @@ class RunFolder:
         """Remove a former run, its configuration last, so that a half-cleared folder is still known as a run."""
         with storage_errors(self.path):
             shutil.rmtree(self.prefix, ignore_errors=True)
-            for name in (EVALUATION, SUMMARY, STATE, METRICS, CONFIG):
+            self._forget_evaluations()
+            for name in (SUMMARY, STATE, METRICS, CONFIG):
                 (self.path / name).unlink(missing_ok=True)
+
+    def _forget_evaluations(self) -> None:
+        """Remove the scores of all splits."""
+        for file in self.path.glob("evaluation*.json"):
+            file.unlink(missing_ok=True)
 
 
 def find_prefix(path: str | Path) -> Path:

@@ -23,7 +23,7 @@ from foreword.errors import ConfigError, PrefixError
 from foreword.pages import bullets, heatmap, save_page
 from foreword.plots import heatmap_png
 from foreword.prefix import Prefix, Site
-from foreword.probe import PROBE, Probe, beside, prefix_sha256
+from foreword.probe import PROBE, Probe, beside
 from foreword.runs import find_prefix, is_run
 from foreword.storage import write_atomic
 
@@ -148,7 +148,7 @@ def gate_pattern(path: str | Path, name: str = "") -> Pattern:
     if not (folder / PROBE).is_file():
         raise PrefixError(f"the gates of {name} depend on the text", "a probe of it", f"foreword probe {path}")
     found = Probe.load(folder)
-    if found.prefix_sha256 != prefix_sha256(prefix):
+    if found.prefix_sha256 != prefix.sha256():
         raise PrefixError(f"{folder} is of another prefix", f"a probe of {name}", f"foreword probe {path}")
     return Pattern(name, task, "probe", {site: list(each.gates or []) for site, each in found.sites.items()})
 
@@ -169,13 +169,13 @@ def draw_similarity(found: Similarity, folder: str | Path) -> None:
     )  # fmt: skip
     save_page(folder / "similarity.html", title, "\n".join([
         bullets(found.notes),
-        heatmap("By layer profile", found.by_layer, **labels, value_label="Pearson's r"),
+        heatmap("By layer profile", found.by_layer, **labels, value_label="Pearson's r", reach=1.0),
         profiles,
-        heatmap("Slot by slot", found.by_slot, **labels, value_label="cosine of centred patterns"),
+        heatmap("Slot by slot", found.by_slot, **labels, value_label="cosine of centred patterns", reach=1.0),
     ]))  # fmt: skip
     heatmap_png(
         folder / "similarity.png", found.by_layer, title="Layer profiles of the gates", **labels,
-        value_label="Pearson's r",
+        value_label="Pearson's r", reach=1.0,
     )  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def _prompts(subject: Subject, batch: int) -> Inputs:
     inputs = subject.inputs(batch, size, 1)
     inputs.pop("decoder_input_ids", None)
     if subject.reads_text:
-        mask = torch.arange(size)[None] < torch.tensor([size - 2 * (row % 2) for row in range(batch)])[:, None]
+        # The padded row is one that has a prefix, whose gates must not read the padding.
+        mask = torch.arange(size)[None] < torch.tensor([size - 2 * (row == 0) for row in range(batch)])[:, None]
         mask = mask.flip(1) if subject.kind == "decoder" else mask
         inputs["attention_mask"] = mask.long().to(subject.model.device)
         inputs["input_ids"] = inputs["input_ids"].masked_fill(~mask.to(subject.model.device), _pad(subject))
