@@ -55,11 +55,14 @@ METHODS = {
     "no-slots": Method("APT without α", (*GATES, "--no-slot-gates")),
     "no-layers": Method("APT without λ", (*GATES, "--no-layer-gates")),
     "no-text": Method("APT without h", ("--gates", "static")),
+    "fast": Method("APT, gates at the prefix's rate", (*GATES, "--gate-learning-rate", "0.01")),
+    "middle": Method("APT, gates at a third of that rate", (*GATES, "--gate-learning-rate", "0.003")),
+    "one": Method("APT, λ begins at 1", (*GATES, "--layer-gate-start", "1")),
+    "first": Method("APT, gates read the first token", (*GATES, "--gate-pooling", "cls")),
+    "tokens": Method("APT, each token has its own gates", (*GATES, "--gate-pooling", "token")),
     "half": Method("APT of half the length, from scratch", (*GATES, "--length", "8")),
     "pruned": Method("APT pruned to half, retrained", ("--from", "{apt}-half"), "apt"),
 }
-COMPARED = ("plain", "plus", "star", "apt", "no-slots", "no-layers", "no-text")
-
 
 class Cell(NamedTuple):
     """One command and the folder that it fills."""

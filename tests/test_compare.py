@@ -377,6 +377,7 @@ def test_the_command_of_similarity(own: Path, tmp_path: Path) -> None:
     assert kept["by_layer"] == found["by_layer"] and kept["layer_profiles"][0] == found["layer_profiles"][0]
     page = Reader((tmp_path / "out" / "similarity.html").read_text())
     assert "several/seed0" in page.text and len(page.all("table")) == 3
+    assert page.text.count("-1") >= 2  # correlations are coloured from -1 to 1, whatever the least of them is
     with pytest.raises(ConfigError, match="1 gate pattern; expected at least two"):
         similarity([own / "static"])
 

@@ -34,7 +34,6 @@ from foreword.probe import (
     draw,
     fold_gates,
     mean_gates,
-    prefix_sha256,
     probe,
 )
 from foreword.tasks import Split, Task
@@ -225,7 +224,7 @@ def test_a_probe_comes_back_from_disk(tmp_path: Path) -> None:
     found = probe(base, prefix, task, limit=3)
     found.save(tmp_path)
     assert Probe.load(tmp_path) == found and found.limit == 3
-    assert found.prefix_sha256 == prefix_sha256(prefix) != prefix_sha256(replace(prefix, head=None))
+    assert found.prefix_sha256 == prefix.sha256() != replace(prefix, head=None).sha256()
     with pytest.raises(DataError, match=r"cannot read .*no/probe.json .*; probe the prefix first"):
         Probe.load(tmp_path / "no")
     for text in ("[]", "{}", "nothing"):
@@ -246,6 +245,7 @@ def test_heat_maps(tmp_path: Path, gated: bool) -> None:
     draw(Probe("base", "", "rte", "dev", "", 9, None, 0, 1.0, sites, agreement), tmp_path)
     page = (tmp_path / "heatmap.html").read_text()
     assert page.count("<figure") == (3 if gated else 1) and "encoder.1" in page and "75" in page
+    assert "importance: rank correlation of two halves 1.00" in page
     assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -528,7 +528,7 @@ def test_probe_prune_and_retrain(run: Run, model: str, rows: str, tmp_path: Path
     status, out, err = run("probe", str(folder), *own, "--limit", "20", "--json")
     assert status == 0, err
     assert {path.name for path in (folder / "probe").iterdir()} == {"probe.json", "heatmap.html", "heatmap.png"}
-    assert "agreement" in out and "encoder.1" in out and f"next       foreword prune {folder} --keep 0.5" in out
+    assert "agreement" in out and "encoder.1" in out and f"next       foreword prune {folder} --keep 0.5 --dev" in out
     found = last_json(out)
     assert found["rows"] == 20 and Probe.load(folder / "probe").to_dict() == {
         k: found[k] for k in found if k != "folder"

@@ -192,6 +192,40 @@ def test_an_evaluation_of_other_rows_is_done_again(tmp_path: Path) -> None:
         Evaluation.load(tmp_path / "none.json")
 
 
+def test_an_evaluation_from_before_the_end_is_done_again(tmp_path: Path) -> None:
+    """What was scored while a run was interrupted says nothing of the prefix that it ends with."""
+    base, task, options = tiny_base("bert"), LabelToy("classification"), config(**FAST, select="loss")
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if "training | loss" in stage and done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fw.train(base, None, task, options, out=tmp_path / "run", progress=interrupt)
+    half = fw.Prefix.load(find_prefix(tmp_path / "run"), base)
+    for split, name in (("test", "evaluation.json"), ("dev", "evaluation-dev.json")):
+        fw.evaluate(base, half, task, split).save(tmp_path / "run" / name)
+    run = fw.train(base, None, task, options, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("evaluation*"))
+    found = evaluate_run(base, run, task)
+    assert found.nats_per_label == pytest.approx(fw.evaluate(base, run.prefix, task).nats_per_label)
+    fw.evaluate(base, half, task, "dev").save(tmp_path / "run" / "evaluation-dev.json")
+    fw.train(base, None, task, config(max_steps=1), out=tmp_path / "run", overwrite=True)
+    assert not list((tmp_path / "run").glob("evaluation*"))
+
+
+@pytest.mark.parametrize("gates", ["none", "apt"])
+@pytest.mark.parametrize("model", ["bert", "deberta-v2", "llama", "t5"])
+def test_layers_that_are_computed_twice_change_nothing(model: str, gates: str) -> None:
+    base, task = tiny_base(model), LabelToy("classification")
+    one, other = (
+        fw.train(base, None, task, config(max_steps=2, gates=gates, gradient_checkpointing=twice)).prefix.tensors()
+        for twice in (False, True)
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_the_interval_covers_seeds_and_rows() -> None:
     metric, generator = get_metric("accuracy"), np.random.default_rng(0)
     targets = [["a"]] * 200
@@ -218,7 +252,7 @@ def test_prediction_of_texts() -> None:
     assert [each.label for each in found] == [output.text for output in outputs]
     assert [each.probability for each in found] == pytest.approx([output.probability for output in outputs], rel=1e-4)
     assert fw.predict(base, result.prefix, []) == []
-    for texts, message in [("one", "one string"), ([("a", "b", "c")], "3 texts in row 0"), ([""], "has no tokens")]:
+    for texts, message in [("one", "one string"), ([("a", "b", "c")], "3 texts in row 1"), ([""], "has no tokens")]:
         with pytest.raises(DataError, match=message):
             fw.predict(base, result.prefix, texts)
     with pytest.raises(PrefixError, match="a prefix without a head"):
@@ -362,3 +396,24 @@ def test_errors_are_one_line(
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last and "; " in last
     assert not list(tmp_path.rglob("config.json"))
+
+
+def test_what_is_left_out_and_what_is_next_is_said(run: Any, encoder: str, files: Path, tmp_path: Path) -> None:
+    """Own rows have to be named again; rows that cannot be used are printed; the next command keeps shots and seeds."""
+    out, rows = tmp_path / "run", ["--train", files / "rows.csv"]
+    few = ["--shots", 4, "--seeds", 2, "--seed", 1]
+    status, text, err = run("train", "labelled", "--base", encoder, *rows, *SMALL, *few, "-o", out)
+    assert status == 0 and "the same command with --evaluate and --test ROWS" in text, err
+    status, _, err = run("evaluate", out / "seed1")
+    assert status == 1 and "task 'labelled' and no file of your own" in err and "name them with --test" in err
+    status, _, err = run("probe", out)
+    assert status == 1 and "name them with --dev, or --train" in err
+    odd = tmp_path / "odd.csv"
+    odd.write_text("text,label\nrows 1 is high,yes\nrows 2 is odd,perhaps\n")
+    status, _, err = run("evaluate", out / "seed1", "--test", odd)
+    assert status == 0 and "skipped    row 3 of test: unknown label 'perhaps'" in err
+    status, text, err = run("prune", out, "--keep", 0.5, *rows, "--no-evaluate", "-o", tmp_path / "half")
+    command = f"foreword train labelled --train ROWS --base {encoder} --from {tmp_path / 'half'} --retrain continue"
+    assert status == 0 and f"{command} --shots 4 --seed 1 --seeds 2 --out {tmp_path / 'half-retrained'}" in text, err
+    with pytest.raises(PrefixError, match="foreword evaluate"):
+        fw.predict(tiny_base("llama"), fw.Prefix.new(tiny_base("llama"), length=2, init="random"), ["a"])

@@ -32,7 +32,8 @@ __all__ = [
 
 OPEN = "–"
 LEGEND = (
-    "prefix, trained: parameters; slots, MACs: what reading the prefix adds for every token, in multiply-accumulates, "
+    "prefix, trained: parameters; train s: seconds of the steps alone, of all with dev scores; "
+    "slots, MACs: what reading the prefix adds for every token, in multiply-accumulates, "
     "and once for each text where gates read it whole; forward: time with the prefix over time without"
 )
 

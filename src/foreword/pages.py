@@ -43,11 +43,13 @@ class Scale(NamedTuple):
     around: bool
 
     @classmethod
-    def of(cls, values: Values) -> Scale:
-        """The scale that shows all of these values; of 0 to 1 if there are none."""
+    def of(cls, values: Values, reach: float | None = None) -> Scale:
+        """The scale that shows all of these values, of 0 to 1 if there are none; or that of -reach to reach."""
         found = [value for row in values for value in row if value is not None and math.isfinite(value)]
         if not found:
             return cls(0.0, 1.0, around=False)
+        if reach is not None:
+            return cls(-reach, reach, around=True)
         if min(found) < 0:
             reach = max(abs(value) for value in found)
             return cls(-reach, reach, around=True)
@@ -76,14 +78,17 @@ def _mixed(place: float, around: bool) -> list[int]:
     return [round(a + (b - a) * (at - left)) for a, b in zip(first, second, strict=True)]
 
 
-def heatmap_html(path: str | Path, panels: Sequence[Mapping[str, Any]], *, title: str) -> None:
+def heatmap_html(
+    path: str | Path, panels: Sequence[Mapping[str, Any]], *, title: str, lines: Sequence[str] = ()
+) -> None:
     """Write a page of heat maps, one for each panel.
 
-    A panel has `title`, `values` (rows of numbers, None where there is nothing), `row_labels`, `column_labels` and
-    `value_label`; it may have `details`, rows of texts for the reader who points at a cell. Raises `ConfigError` for
-    labels that do not fit, `StorageError`.
+    `lines` of text come first. A panel has `title`, `values` (rows of numbers, None where there is nothing),
+    `row_labels`, `column_labels` and `value_label`; it may have `details`, rows of texts for the reader who points at
+    a cell. Raises `ConfigError` for labels that do not fit, `StorageError`.
     """
-    save_page(path, title, "\n".join(heatmap(**panel) for panel in panels))
+    said = [bullets(lines)] if lines else []
+    save_page(path, title, "\n".join([*said, *(heatmap(**panel) for panel in panels)]))
 
 
 def heatmap(
@@ -93,10 +98,14 @@ def heatmap(
     column_labels: Sequence[str],
     value_label: str,
     details: Sequence[Sequence[str]] | None = None,
+    reach: float | None = None,
 ) -> str:
-    """A heat map as a table; pointing at a cell, or the arrow keys, show its labels, value and details."""
+    """A heat map as a table; pointing at a cell, or the arrow keys, show its labels, value and details.
+
+    With `reach` the colours run from -reach to reach, whatever the values.
+    """
     check_labels(values, row_labels, column_labels)
-    scale, columns = Scale.of(values), len(column_labels)
+    scale, columns = Scale.of(values, reach), len(column_labels)
     numbers = columns <= MOST_NUMBERS
     shown = shown_labels(column_labels)
     rows = []

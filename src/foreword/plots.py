@@ -26,15 +26,17 @@ def heatmap_png(
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     value_label: str,
+    reach: float | None = None,
 ) -> None:
     """Write a heat map: `values` are rows of numbers, None where there is nothing; the first row is at the top.
 
-    Colours run from the least to the greatest value, or around zero where some value is negative. Raises `ConfigError`
+    Colours run from the least to the greatest value, or around zero where some value is negative, or
+    from -`reach` to `reach`. Raises `ConfigError`
     for labels that do not fit, `MissingPackage` without matplotlib, `StorageError`.
     """
     check_labels(values, row_labels, column_labels)
     figure_module = optional("matplotlib.figure", "plot")
-    scale, columns = Scale.of(values), len(column_labels)
+    scale, columns = Scale.of(values, reach), len(column_labels)
     numbers = columns <= MOST_NUMBERS
     cell_inches = 0.5 if numbers else max(0.07, min(0.3, 14 / max(columns, 1)))
     width = min(18.0, 2.6 + cell_inches * columns)

@@ -47,7 +47,7 @@ def predict(
     if prefix.head is None:
         raise PrefixError(
             "a prefix without a head", "one that was trained on an encoder for a task with labels",
-            "generate or evaluate with this one",
+            "score the label words of a decoder with foreword evaluate, or let it write with foreword generate",
         )  # fmt: skip
     if isinstance(texts, str):
         raise DataError("one string", "a sequence of texts", "put it into a list")
@@ -55,7 +55,9 @@ def predict(
         return []
     task = HeadTask(prefix.head)
     objective = objective_for(base, prefix, task)
-    rows = objective.encode(Split("texts", [task.example(n, text) for n, text in enumerate(texts)]), strict=True)
+    rows = objective.encode(
+        Split("texts", [task.example(n, text) for n, text in enumerate(texts, start=1)]), strict=True
+    )
     _, _, found = predictions(objective, rows, prefix, batch_size, progress)
     return [Prediction(objective.answer(each), each.probability) for each in found]
 
@@ -83,7 +85,7 @@ class HeadTask:
         if self.kind == "choice":
             options = [given] if isinstance(given, str) else given
             if len(options) < 2:
-                raise DataError(f"{len(options)} option in row {row}", "at least two", "give all options")
+                raise DataError(f"{len(options)} option(s) in row {row}", "at least two", "give all options")
             texts = tuple(_parts(option, row) for option in options)
         else:
             texts = (_parts(given, row),)

@@ -14,7 +14,6 @@ two random halves of the rows, and how far the halves agree says whether there i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +36,7 @@ from foreword.tasks import Split, Task, get_task
 
 __all__ = [
     "PROBE", "RANKINGS", "Agreement", "Probe", "SiteProbe", "beside", "draw", "fold_gates", "mean_gates",
-    "prefix_sha256", "probe", "saved_probe",
+    "probe", "saved_probe",
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
@@ -110,8 +109,21 @@ class Probe:
         if by == "importance":
             return {site: torch.tensor(e.importance, dtype=torch.float64) for site, e in self.sites.items()}
         if not self.has_gates:
-            raise ConfigError("a ranking by the gates of a prefix without gates", "importance", "rank by importance")
+            raise ConfigError(
+                "a ranking by the gates of a prefix without gates",
+                "a prefix with gates",
+                "train it with --gates, or rank by importance",
+            )
         return {site: torch.tensor(e.gates or [], dtype=torch.float64).abs() for site, e in self.sites.items()}
+
+    def agreements(self) -> list[str]:
+        """A line for each number: how far two halves of the rows agree on it."""
+        lines = []
+        for name, halves in self.agreement.items():
+            shown = "all equal" if halves.correlation is None else f"{halves.correlation:.2f}"
+            top = f"{100 * halves.top_half:.0f} % of the better half in common"
+            lines.append(f"{name}: rank correlation of two halves {shown}, {top}")
+        return lines
 
     def warnings(self) -> list[str]:
         """A line for each number that says little: halves of the rows do not agree on it, or all slots are equal."""
@@ -191,7 +203,7 @@ def probe(
             _recorded(prefix, site).get("layer"),
         )
     return Probe(
-        base=base.name, prefix_sha256=prefix_sha256(prefix), task=objective.task.name, split=split,
+        base=base.name, prefix_sha256=prefix.sha256(), task=objective.task.name, split=split,
         data_sha256=data.sha256, rows=len(rows), limit=limit, seed=seed, nats_per_row=read.nats / len(rows),
         sites=sites, agreement={name: _agreement(each, *halves) for name, each in found.items()},
         record=provenance(base.device),
@@ -245,7 +257,7 @@ def draw(found: Probe, folder: str | Path) -> None:
 
     title = f"{found.task} {found.split}, {found.rows} rows, {found.base}"
     maps = _maps(found)
-    heatmap_html(Path(folder) / "heatmap.html", maps, title=title)
+    heatmap_html(Path(folder) / "heatmap.html", maps, title=title, lines=[*found.agreements(), *found.warnings()])
     first = {name: value for name, value in maps[0].items() if name not in ("title", "details")}
     heatmap_png(Path(folder) / "heatmap.png", **first, title=f"{maps[0]['title']}: {title}")
 
@@ -260,7 +272,7 @@ def saved_probe(
     if not (Path(folder) / PROBE).is_file():
         return None
     found = Probe.load(folder)
-    fits = (found.prefix_sha256, found.task, found.split) == (prefix_sha256(prefix), task, split)
+    fits = (found.prefix_sha256, found.task, found.split) == (prefix.sha256(), task, split)
     return found if fits and limit in (None, found.limit) else None
 
 
@@ -272,16 +284,6 @@ def beside(path: str | Path, name: str) -> Path:
     """
     path = Path(path)
     return path / name if is_run(path) else path.with_name(f"{path.name}-{name}")
-
-
-def prefix_sha256(prefix: Prefix) -> str:
-    """A hash of the folded tensors and the head: of all that decides what a probe finds."""
-    digest = hashlib.sha256()
-    head = {} if prefix.head is None else {"head.weight": prefix.head.weight, "head.bias": prefix.head.bias}
-    for name, tensor in sorted({**prefix.tensors(), **head}.items()):
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # Reading

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from foreword.errors import ConfigError
 
-__all__ = ["bar", "emit", "note", "read_texts", "say", "stages", "table"]
+__all__ = ["bar", "emit", "note", "print_skipped", "read_texts", "say", "stages", "table"]
+
+
+_FILE_WIDTH = 160  # columns of a table that goes into a file or a pipe, where nothing says how wide the page is
 
 
 def say(text: str = "") -> None:
@@ -41,7 +45,10 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         built.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         built.add_row(*(Text(_cell(value)) for value in row))
-    Console().print(built)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _FILE_WIDTH
+    console.print(built)
 
 
 def _cell(value: Any) -> str:
@@ -84,6 +91,14 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(known[name], description=stage, completed=done, total=total)
 
         yield advance
+
+
+def print_skipped(skipped: Sequence[Mapping[str, Any]], split: str, more: str = "", most: int = 5) -> None:
+    """The first rows that could not be used, on standard error; `more` says where the others are listed."""
+    for each in skipped[:most]:
+        note(f"skipped    row {each['row']} of {split}: {each['reason']}")
+    if len(skipped) > most:
+        note(f"skipped    {len(skipped) - most} more rows of {split}{more}")
 
 
 def read_texts(given: list[str] | None, what: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreword.cli.console import bar, emit, say, table
+from foreword.cli.console import bar, emit, print_skipped, say, table
 from foreword.cli.options import (
     Base,
     Device,
@@ -70,7 +70,7 @@ def evaluate(
         (load_base(base or "", dtype, device), None) if prefix is None else load_prefix(prefix, base, dtype, device)
     )
     known = {} if trained is None else trained.metadata
-    chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()))
+    chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
     options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
     results: list[Evaluation] = []
     for each in [None, trained] if with_base and trained is not None else [trained]:
@@ -83,6 +83,8 @@ def evaluate(
             )  # fmt: skip
     if out is None and prefix is not None and is_run(prefix):
         out = prefix / (EVALUATION if split == "test" else f"evaluation-{split}.json")
+    if results[-1].skipped_rows:
+        print_skipped([each._asdict() for each in chosen.split(split, limit=limit).skipped], split)
     print_side_by_side(results, show)
     print_scores(results)
     if out is not None:

@@ -43,7 +43,7 @@ def explain(
 
     loaded, prefix = load_prefix(path, base, dtype, device)
     known = prefix.metadata
-    chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()))
+    chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
     with stages() as progress:
         found = run(
             loaded, prefix, chosen, split, limit=limit, strict=strict, batch_size=batch_size, seed=seed,

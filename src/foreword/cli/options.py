@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from foreword.tasks import Task
 
 __all__ = [
+    "OWN_TASKS",
     "Base",
     "Device",
     "Dtype",
@@ -27,6 +29,7 @@ __all__ = [
     "Strict",
     "config_flags",
     "file_flags",
+    "file_words",
     "load_base",
     "load_prefix",
     "make_task",
@@ -61,7 +64,7 @@ _FILES: dict[str, tuple[Any, str]] = {
     "words_column": (str, "The column with the list of words to be tagged."),
     "tags_column": (str, "The column with the list of their tags."),
 }
-_OWN_TASKS = {
+OWN_TASKS = {
     "files": ("prompt_column", "completion_column", "completion_template", "references"),
     "labelled": ("text_column", "text_pair_column", "label_column", "label_words"),
     "conll": ("words_column", "tags_column"),
@@ -69,15 +72,22 @@ _OWN_TASKS = {
 _CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")
 
 
-def make_task(name: str | None, files: dict[str, Any], default: str | None = None, labels: Sequence[str] = ()) -> Task:
+def make_task(
+    name: str | None,
+    files: dict[str, Any],
+    default: str | None = None,
+    labels: Sequence[str] = (),
+    split: str = "test",
+) -> Task:
     """The named task, or one of the user's own files; exactly one of both.
 
-    `default` is the task to take where none is named; `labels` are those of a prefix that is to be evaluated.
+    `default` is the task to take where none is named; `labels` are those of a prefix that is to be evaluated, `split`
+    the rows that are wanted.
     """
     from foreword.tasks import get_task
 
     given = {option: value for option, value in files.items() if value not in (None, [], ())}
-    if given and name is not None and name not in _OWN_TASKS:
+    if given and name is not None and name not in OWN_TASKS:
         raise ConfigError(
             f"task {name!r} together with --{next(iter(given)).replace('_', '-')}", "one of both", "leave one out"
         )
@@ -91,7 +101,13 @@ def make_task(name: str | None, files: dict[str, Any], default: str | None = Non
         if labels and "train" not in given and own == "conll":
             given["types"] = tuple(label[2:] for label in labels if label.startswith("B-"))
         return get_task(own, **given)
-    chosen = name or (None if default in _OWN_TASKS else default)
+    chosen = name or default
+    if chosen in OWN_TASKS:
+        raise ConfigError(
+            f"task {chosen!r} and no file of your own",
+            "the rows that it is about",
+            "name them with " + (f"--{split}" if split == "test" else f"--{split}, or --train to hold some out"),
+        )
     if chosen is None:
         raise ConfigError(
             "no task and no file of your own",
@@ -101,16 +117,26 @@ def make_task(name: str | None, files: dict[str, Any], default: str | None = Non
     return get_task(chosen)
 
 
+def file_words(files: dict[str, Any]) -> str:
+    """The options for a user's own rows as they are typed, for a command that is to be run on the same rows."""
+    words = [
+        f" --{name.replace('_', '-')} {shlex.quote(str(each))}"
+        for name, value in files.items()
+        for each in (value if isinstance(value, list | tuple) else [value])
+    ]
+    return "".join(words)
+
+
 def _own_task(given: dict[str, Any], default: str | None) -> str:
     """Which task the given options and files are for."""
-    used = {own: next(filter(given.__contains__, options), "") for own, options in _OWN_TASKS.items()}
+    used = {own: next(filter(given.__contains__, options), "") for own, options in OWN_TASKS.items()}
     used = {own: option for own, option in used.items() if option}
     if len(used) > 1:
         first, second = (f"--{option.replace('_', '-')}" for option in list(used.values())[:2])
         raise ConfigError(f"{first} together with {second}", "columns of one kind of rows", "leave one out")
     if used:
         return next(iter(used))
-    if default in _OWN_TASKS:
+    if default in OWN_TASKS:
         return str(default)
     path = next((Path(given[split]) for split in ("train", "dev", "test") if split in given), Path())
     return "conll" if path.suffix.lower() in _CONLL else "files"

@@ -82,7 +82,7 @@ def fold(
     if gates:
         loaded, prefix = load_prefix(path, base, dtype, device)
         known = prefix.metadata
-        chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()))
+        chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
         folded, results = _fold_mean(loaded, prefix, chosen, split, limit)
     else:
         folded = prefix.fold()

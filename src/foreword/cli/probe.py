@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foreword.cli.console import bar, emit, note, say, table
-from foreword.cli.options import Base, Device, Dtype, Json, Strict, file_flags, load_prefixes, make_task
+from foreword.cli.options import Base, Device, Dtype, Json, Strict, file_flags, file_words, load_prefixes, make_task
 from foreword.errors import MissingPackage
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def probe(
     results = []
     for name, place, prefix in prefixes:
         known = prefix.metadata
-        chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()))
+        chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
         rows = chosen if files else drawn_as(prefix, chosen)
         with bar(f"probing {name}".strip()) as progress:
             found = run(loaded, prefix, rows, split, limit=limit, strict=strict, seed=seed, progress=progress)
@@ -64,7 +64,7 @@ def probe(
         print_probe(found)
         say(f"written    {folder}: probe.json and heat maps")
         results.append({"folder": str(folder), **found.to_dict()})
-    say(f"next       foreword prune {path} --keep 0.5")
+    say(f"next       foreword prune {path} --keep 0.5{file_words(files or {})}")
     emit(results[0] if len(results) == 1 else {"results": results}, as_json)
 
 
@@ -82,10 +82,8 @@ def print_probe(found: Probe) -> None:
             row += [_mean(each.gates), _mean(each.spread)]
         rows.append([*row, f"{100 * sum(each.importance) / total:.1f} %"])
     table(f"{found.task} {found.split}, {found.rows} rows, {found.base}", [*header, "importance"], rows)
-    for name, halves in found.agreement.items():
-        shown = "all equal" if halves.correlation is None else f"{halves.correlation:.2f}"
-        top = f"{100 * halves.top_half:.0f} % of the better half in common"
-        say(f"agreement  {name}: rank correlation of two halves {shown}, {top}")
+    for line in found.agreements():
+        say(f"agreement  {line}")
     for line in found.warnings():
         say(f"warning    {line}")
 

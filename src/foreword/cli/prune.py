@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from foreword.cli.console import bar, emit, note, say, table
-from foreword.cli.options import Base, Device, Dtype, Json, Strict, file_flags, load_prefixes, make_task
+from foreword.cli.options import OWN_TASKS, Base, Device, Dtype, Json, Strict, file_flags, load_prefixes, make_task
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,12 +74,21 @@ def prune(
             "parameters": [prefix.num_parameters, pruned.num_parameters],
             "results": [change.to_dict(outputs=False) for change in changes],
         })  # fmt: skip
-    known = task or prefixes[0][2].metadata.get("task")
-    several = f" --seeds {len(prefixes)}" if len(prefixes) > 1 else ""
     say(f"written    {folder}")
-    shown = "TASK" if files or known is None else known
-    say(f"next       foreword train {shown} --base {loaded.name} --from {folder} --retrain continue{several}")
+    say(f"next       {_next(prefixes[0][2], len(prefixes), task, loaded.name, folder)}")
     emit(results[0] if len(results) == 1 else {"results": results}, as_json)
+
+
+def _next(prefix: Prefix, seeds: int, task: str | None, base: str, folder: Path) -> str:
+    """The command that trains again: on the rows, few or all, and with the seeds that the prefix was trained with."""
+    known = task or prefix.metadata.get("task") or "TASK"
+    rows = f"{known} --train ROWS" if known in OWN_TASKS else known
+    training = prefix.metadata.get("training") or {}
+    drawn = f" --shots {training['shots']}" if training.get("shots") else ""
+    drawn += f" --seed {training['seed']}" if training.get("seed") else ""
+    several = f" --seeds {seeds}" if seeds > 1 else ""
+    again = folder.with_name(f"{folder.name}-retrained")
+    return f"foreword train {rows} --base {base} --from {folder} --retrain continue{drawn}{several} --out {again}"
 
 
 class _Rows(NamedTuple):
@@ -102,7 +111,7 @@ class _Rows(NamedTuple):
         probed = saved_probe(beside(place, "probe"), prefix, task, self.split, self.limit)
         chosen = None
         if probed is None or score:
-            chosen = make_task(self.task, self.files, default=task, labels=known.get("labels", ()))
+            chosen = make_task(self.task, self.files, default=task, labels=known.get("labels", ()), split=self.split)
             chosen = chosen if self.files else drawn_as(prefix, chosen)
         if probed is None:
             assert chosen is not None

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreword.cli.console import emit, note, say, stages, table
-from foreword.cli.options import Base, Device, Json, config_flags, file_flags, load_base, make_task
+from foreword.cli.console import emit, note, print_skipped, say, stages, table
+from foreword.cli.options import OWN_TASKS, Base, Device, Json, config_flags, file_flags, load_base, make_task
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
     from foreword.evaluate import Evaluation
     from foreword.seeds import SeedsResult
+    from foreword.tasks import Task
     from foreword.train import TrainResult
 
 __all__ = ["train"]
@@ -75,6 +76,9 @@ def train(
             )  # fmt: skip
         _report_skipped(folder / f"seed{chosen.seed}")
         _print_seeds(several, folder)
+        if not evaluate:
+            rows = " and --test ROWS" if files and "test" not in files else ""
+            say(f"next       the same command with --evaluate{rows}, which scores all seeds on the test split")
         emit({"folder": str(folder), **json.loads((folder / "summary.json").read_text(encoding="utf-8"))}, as_json)
         return
     with stages() as progress:
@@ -82,12 +86,12 @@ def train(
         result = run(loaded, first, work, chosen, out=folder, overwrite=overwrite, progress=progress)
         tested = evaluate_run(loaded, result, work, progress=progress) if evaluate else None
     _report_skipped(folder)
-    _print_run(result, tested, folder, task)
+    _print_run(result, tested, folder, work)
     scores = {} if tested is None else {"scores": {name: score._asdict() for name, score in tested.scores.items()}}
     emit({"folder": str(folder), **result.metrics, **scores}, as_json)
 
 
-def _print_run(result: TrainResult, tested: Evaluation | None, folder: Path, task: str | None) -> None:
+def _print_run(result: TrainResult, tested: Evaluation | None, folder: Path, work: Task) -> None:
     from foreword.cli.evaluate import print_scores
 
     metrics = result.metrics
@@ -104,7 +108,8 @@ def _print_run(result: TrainResult, tested: Evaluation | None, folder: Path, tas
     say(f"prefix     {result.prefix.num_parameters:,} parameters{head} in {folder}")
     if tested is not None:
         print_scores([tested])
-    say(f"next       {_next(folder, task, scored, result.prefix.head is not None)}")
+    own = work.name in OWN_TASKS
+    say(f"next       {_next(folder, None if own else work.name, scored, result.prefix.head is not None)}")
 
 
 def _next(folder: Path, task: str | None, labels: bool = False, head: bool = False) -> str:
@@ -137,14 +142,10 @@ def _print_seeds(result: SeedsResult, folder: Path) -> None:
         say("95 % bootstrap intervals of the mean, over seeds and test rows")
 
 
-def _report_skipped(folder: Path, most: int = 5) -> None:
+def _report_skipped(folder: Path) -> None:
     """The first rows of each split that could not be used, on standard error; the run folder lists all."""
     config = folder / "config.json"
     for split, data in json.loads(config.read_text(encoding="utf-8"))["data"].items():
-        skipped = data["skipped"]
-        for each in skipped[:most]:
-            note(f"skipped    row {each['row']} of {split}: {each['reason']}")
-        if len(skipped) > most:
-            note(f"skipped    {len(skipped) - most} more rows of {split}; {config} lists them")
+        print_skipped(data["skipped"], split, f"; {config} lists them")
         if data.get("cut_rows"):
             note(f"cut        {data['cut_rows']} of {data['rows']} rows of {split} are longer than --max-tokens")
