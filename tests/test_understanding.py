@@ -417,3 +417,10 @@ def test_what_is_left_out_and_what_is_next_is_said(run: Any, encoder: str, files
     assert status == 0 and f"{command} --shots 4 --seed 1 --seeds 2 --out {tmp_path / 'half-retrained'}" in text, err
     with pytest.raises(PrefixError, match="foreword evaluate"):
         fw.predict(tiny_base("llama"), fw.Prefix.new(tiny_base("llama"), length=2, init="random"), ["a"])
+
+
+def test_a_missing_metric_is_found_out_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
+    with pytest.raises(fw.MissingPackage, match="seqeval"):
+        fw.train(tiny_base("bert"), None, LabelToy("tagging"), config(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from foreword.data import Rows
 from foreword.errors import ConfigError, PrefixError
 from foreword.gates import GateOptions
 from foreword.init import new_prefix
+from foreword.metrics import get_metric
 from foreword.objectives import HeadOptions, Objective, objective_of
 from foreword.parametrization import PrefixModule, parametrize
 from foreword.prefix import Prefix
@@ -42,6 +43,8 @@ def begin_objective(base: BaseModel, prefix: Prefix | None, task: Task, config: 
     """What training lowers; a prefix with a head goes on with it."""
     options = HeadOptions(config.head_pooling, config.head_dropout, config.max_tokens, config.seed)
     objective = objective_of(base, task, options, None if prefix is None else prefix.head)
+    if objective.score_name:  # a metric whose package is missing is found out now, not after the first epoch
+        get_metric(objective.score_name)(["O"], [["O"]])
     if config.select == "score" and not objective.score_name:
         raise ConfigError(
             f"select 'score' for task {task.name!r}, in which nothing is predicted while training", "loss or auto",

@@ -28,3 +28,9 @@ def optional(module: str, extra: str) -> Any:
         raise MissingPackage(
             f"package {name!r} is not installed", action=f"run pip install 'foreword[{extra}]'"
         ) from None
+    except ImportError as error:  # installed, and yet not to be had
+        reason = str(error).partition("\n")[0]
+        raise MissingPackage(
+            f"package {module.partition('.')[0]!r} cannot be imported ({reason})",
+            action=f"run pip install --force-reinstall 'foreword[{extra}]'",
+        ) from None

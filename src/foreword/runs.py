@@ -18,6 +18,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -305,7 +306,7 @@ def _read_state(path: Path) -> State | None:
 def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     before, now = dict(_flat(known)), dict(_flat(wanted))
     different = [
-        f"{name} {before.get(name)!r} (now {now.get(name)!r})"
+        f"{name} {_short(before.get(name))} (now {_short(now.get(name))})"
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
@@ -314,6 +315,13 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any])
             f"{path} holds another run: {', '.join(different)}", "the same options, base model and data",
             "choose another --out, or --overwrite it",
         )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    """A value for a message; of a hash its beginning."""
+    if isinstance(value, str):
+        value = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", value)
+    return repr(value)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -88,7 +88,9 @@ def fold(
         folded = prefix.fold()
     folded.save(out)
     kept, before = folded.num_bytes, sum(t.numel() * 4 for t in (prefix.training_state or {}).values())
-    say(f"{out}: {kept:,} bytes of keys and values; {before:,} bytes of training state left out")
+    gone = max(prefix.num_bytes - kept, 0)
+    left_out = f"{before:,} bytes of training state" + (f" and {gone:,} of gates" if gone else "")
+    say(f"{out}: {kept:,} bytes of keys and values; {left_out} left out")
     scored = {"results": [result.to_dict(outputs=False) for result in results]} if results else {}
     emit({"path": str(out), "num_bytes": kept, "dropped_bytes": before, **scored}, as_json)
 
