@@ -60,9 +60,22 @@ METHODS = {
     "one": Method("APT, λ begins at 1", (*GATES, "--layer-gate-start", "1")),
     "first": Method("APT, gates read the first token", (*GATES, "--gate-pooling", "cls")),
     "tokens": Method("APT, each token has its own gates", (*GATES, "--gate-pooling", "token")),
+    "short": Method("plain prefix of half the length", ("--length", "8")),
     "half": Method("APT of half the length, from scratch", (*GATES, "--length", "8")),
     "pruned": Method("APT pruned to half, retrained", ("--from", "{apt}-half"), "apt"),
+    "rewound": Method("the same from its birth", ("--from", "{apt}-half", "--retrain", "rewind"), "apt"),
 }
+
+
+# What the differences below a table are taken against.
+COMPARISONS = {
+    "plain": ("plus", "star", "apt", "no-slots", "no-layers", "no-text", "fast", "one", "first", "middle", "tokens"),
+    "plus": ("apt",),
+    "short": ("half",),
+    "apt": ("pruned", "rewound"),
+    "half": ("pruned", "rewound"),
+}
+
 
 class Cell(NamedTuple):
     """One command and the folder that it fills."""
@@ -83,9 +96,9 @@ def cells(out: Path, tasks: list[str], settings: list[str], methods: list[str], 
                 command = ["foreword", "train", task, *SHARED, *SETTINGS[setting].flags, *OPTIONS, *flags]
                 command += ["--seeds", str(seeds), "--out", str(folder / method)]
                 before = []
-                if method == "pruned":
-                    apt = str(folder / "apt")
-                    before = [["foreword", "prune", apt, "--keep", "0.5", "--out", f"{apt}-half"]]
+                apt = folder / "apt"
+                if "{apt}-half" in each.flags and not apt.with_name("apt-half").exists():
+                    before = [["foreword", "prune", str(apt), "--keep", "0.5", "--out", f"{apt}-half"]]
                 after = folder / each.after if each.after else None
                 found.append(Cell(folder / method, [*before, command], after))
     return found
@@ -127,7 +140,10 @@ def report(out: Path, tasks: list[str], settings: list[str]) -> str:
             if any(found):
                 lines.append(f"| {each.title} | {parameters(found)} | " + " | ".join(map(cell_text, found)) + " | "
                              + mean_text(found) + " |")  # fmt: skip
-        lines += ["", *differences(summaries, shown), ""]
+        lines.append("")
+        for against, methods in COMPARISONS.items():
+            lines += differences(summaries, shown, against, methods)
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -156,27 +172,29 @@ def mean_text(found: list[dict[str, Any] | None]) -> str:
     return "–" if None in found else f"{fmean(main_score(each)['mean'] for each in found if each is not None):.1f}"
 
 
-def differences(summaries: dict[tuple[str, str], dict[str, Any] | None], tasks: list[str]) -> list[str]:
-    """Each method against the plain prefix: the mean difference over tasks and seeds, with an interval over both."""
+def differences(
+    summaries: dict[tuple[str, str], dict[str, Any] | None], tasks: list[str], against: str, methods: tuple[str, ...]
+) -> list[str]:
+    """Methods against another: the mean difference over tasks and seeds, and how far other seeds would move it."""
     generator = np.random.default_rng(0)
     lines = []
-    for method, each in METHODS.items():
-        pairs = []
+    for method in methods:
+        pairs, shares = [], []
         for task in tasks:
-            one, other = summaries[method, task], summaries["plain", task]
-            if one is not None and other is not None and method != "plain":
+            one, other = summaries[method, task], summaries[against, task]
+            if one is not None and other is not None:
                 pairs.append(np.subtract(main_score(one)["per_seed"], main_score(other)["per_seed"]))
-        if len(pairs) < 2:
+                shares.append(100 * main_score(one)["mean"] / main_score(other)["mean"])
+        if not pairs:
             continue
         seeds = len(pairs[0])
         means = [fmean(row[generator.integers(seeds, size=seeds)].mean() for row in pairs) for _ in range(4000)]
         low, high = np.percentile(means, [2.5, 97.5])
         mean = fmean(float(row.mean()) for row in pairs)
         wins = sum(float(row.mean()) > 0 for row in pairs)
-        lines.append(
-            f"* {each.title}: {mean:+.1f} [{low:+.1f}, {high:+.1f}] against the plain prefix, "
-            f"above it on {wins} of {len(pairs)} tasks"
-        )
+        told = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}], above it on {wins} of {len(pairs)} tasks"
+        share = f"{min(shares):.1f} to {max(shares):.1f} % of its score"
+        lines.append(f"* {METHODS[method].title}, against {METHODS[against].title}: {told}, {share}")
     return lines
 
 
