@@ -334,9 +334,7 @@ def test_a_folded_prefix_with_gates_is_trained_further_with_them() -> None:
     for site, tensors in again().items():
         for name, tensor in tensors.named().items():
             torch.testing.assert_close(tensor, folded.sites[site].named()[name], msg=name)
-    with pytest.raises(
-        ConfigError, match="gates with kind static, pooling none for a prefix that has"
-    ):
+    with pytest.raises(ConfigError, match="gates with kind static, pooling none for a prefix that has"):
         parametrize(folded, gates=GateOptions("static"))
     same = parametrize(folded, gates=GateOptions("apt", pooling="mean", layer_start=1.0))  # the default, by its name
     assert same.gates is not None and same.gates.gate_options.layer_start == 2.0
