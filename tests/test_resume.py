@@ -170,8 +170,8 @@ def test_a_finished_run_is_returned_not_repeated(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"options": {"learning_rate": 0.1}}, "learning_rate 0.005 .now 0.1."),
-        ({"model": "qwen2"}, "base '[0-9a-f]{64}' .now '[0-9a-f]{64}'."),
-        ({"task": ToyTask(rows=9)}, "data.train '[0-9a-f]{64}' .now '[0-9a-f]{64}'."),
+        ({"model": "qwen2"}, "base '[0-9a-f]{12}…' .now '[0-9a-f]{12}…'."),
+        ({"task": ToyTask(rows=9)}, "data.train '[0-9a-f]{12}…' .now '[0-9a-f]{12}…'."),
     ],
 )
 def test_another_run_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
