@@ -61,6 +61,7 @@ METHODS = {
     "first": Method("APT, gates read the first token", (*GATES, "--gate-pooling", "cls")),
     "tokens": Method("APT, each token has its own gates", (*GATES, "--gate-pooling", "token")),
     "short": Method("plain prefix of half the length", ("--length", "8")),
+    "short-plus": Method("PT-2+ of half the length", ("--length", "8", "--length-factor", "1.5")),
     "half": Method("APT of half the length, from scratch", (*GATES, "--length", "8")),
     "pruned": Method("APT pruned to half, retrained", ("--from", "{apt}-half"), "apt"),
     "rewound": Method("the same from its birth", ("--from", "{apt}-half", "--retrain", "rewind"), "apt"),
@@ -72,6 +73,7 @@ COMPARISONS = {
     "plain": ("plus", "star", "apt", "no-slots", "no-layers", "no-text", "fast", "one", "first", "middle", "tokens"),
     "plus": ("apt",),
     "short": ("half",),
+    "short-plus": ("half",),
     "apt": ("pruned", "rewound"),
     "half": ("pruned", "rewound"),
 }
