@@ -18,20 +18,14 @@ from safetensors.torch import load_file, save
 
 import foreword as fw
 from foreword.cli import main
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny
 
 COLUMNS = ["--prompt-column", "question", "--completion-column", "answer"]
 
 
-def _save_model(name: str, folder: Path, **options: int) -> str:
-    tiny_model(name, **options).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return _save_model("llama", tmp_path_factory.mktemp("model"))
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -130,7 +124,7 @@ def test_a_prefix_that_is_not_whole(refused, prefix: Path, command: str, damage,
 
 
 def test_another_base(refused, prefix: Path, tmp_path: Path) -> None:
-    other = _save_model("llama", tmp_path / "other", seed=1)
+    other = save_tiny("llama", tmp_path / "other", seed=1)
     assert "with weights" in refused("generate", "-p", str(prefix), "-b", other, "hello")
 
 
@@ -150,7 +144,7 @@ def test_a_saved_prefix_that_is_too_long(refused, model: str, prefix: Path, tmp_
 
 @pytest.mark.parametrize("command", ["train", "check", "generate"])
 def test_a_model_that_cannot_be_prefixed(refused, rows: str, tmp_path: Path, command: str) -> None:
-    mamba, out = _save_model("mamba", tmp_path / "mamba"), tmp_path / "run"
+    mamba, out = save_tiny("mamba", tmp_path / "mamba"), tmp_path / "run"
     arguments = {
         "train": ["train", "-b", mamba, "--train", rows, *COLUMNS, "-o", str(out)],
         "check": ["check", mamba],

@@ -11,7 +11,7 @@ from foreword.base import BaseModel
 from foreword.errors import ConfigError, DataError, ModelNotFound, PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.fingerprint import fingerprint
 from foreword.prefix import Prefix, SiteTensors
-from tiny import tiny_base, tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_base, tiny_model
 
 PROMPTS = ["The foreword", "A prefix is a short", "name :"]
 
@@ -198,11 +198,8 @@ def test_errors_are_one_line_and_say_what_to_do() -> None:
 
 
 def test_a_loaded_folder_is_the_model(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("model")
     model = tiny_model("llama")
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    base = BaseModel.load(str(folder), dtype="float32", device="cpu")
+    base = BaseModel.load(save_tiny("llama", tmp_path_factory.mktemp("model")), dtype="float32", device="cpu")
     ids = torch.arange(3, 9)[None]
     assert torch.equal(base.logits(ids), model(ids).logits)
     assert base.max_tokens == 64 and base.fingerprint == fingerprint(model)

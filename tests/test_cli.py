@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from foreword.cli import main
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny
 
 ROWS = [
     {"question": f"What comes after {k}?", "answer": f"After {k} comes {k + 1}.", "also": f"It is {k + 1}."}
@@ -25,10 +25,7 @@ COLUMNS = ["--prompt-column", "question", "--completion-column", "answer"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +47,6 @@ def trained(model: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> 
             main()
     assert exit_.value.code == 0
     return out
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call the command line; (exit status, standard output, standard error)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    return call
 
 
 def last_json(out: str) -> dict:

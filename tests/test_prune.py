@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 from tests.labels import LabelToy
 from tests.test_gates import moved, prefix_for, with_gates
 from tests.test_probe import headed
-from tests.tiny import tiny_base, tiny_inputs, tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_base, tiny_inputs
 from tests.toy import ToyTask, toy_config
 from torch import Tensor
 
 import foreword as fw
 from foreword.base import BaseModel
-from foreword.cli import main
 from foreword.errors import ConfigError, PrefixError, PrefixMismatch
 from foreword.gates import GateOptions
 from foreword.init import new_prefix
@@ -487,10 +486,7 @@ COLUMNS = ["--text-column", "text", "--label-column", "label"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("bert").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny("bert", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -498,20 +494,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return str(path)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the command line; (exit status, standard output, standard error)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    return call
 
 
 def last_json(out: str) -> dict[str, Any]:

@@ -14,11 +14,10 @@ import pytest
 import torch
 from tests.labels import ENCODERS, KINDS, LabelToy, config_values
 from tests.test_resume import same_run
-from tests.tiny import tiny_base, tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_base
 from tests.toy import ToyTask
 
 import foreword as fw
-from foreword.cli import main
 from foreword.errors import ConfigError, DataError, PrefixError, RunError
 from foreword.evaluate import Evaluation
 from foreword.metrics import get_metric
@@ -255,7 +254,7 @@ def test_prediction_of_texts() -> None:
     for texts, message in [("one", "one string"), ([("a", "b", "c")], "3 texts in row 1"), ([""], "has no tokens")]:
         with pytest.raises(DataError, match=message):
             fw.predict(base, result.prefix, texts)
-    with pytest.raises(PrefixError, match="a prefix without a head"):
+    with pytest.raises(PrefixError, match="a prefix that predicts no labels"):
         fw.predict(base, fw.Prefix.new(base, 3), ["a"])
     with pytest.raises(PrefixError, match="a prefix without a head predicts no labels; expected a prefix trained for"):
         fw.evaluate(base, fw.Prefix.new(base, 3), task)
@@ -272,10 +271,7 @@ def test_prediction_of_texts() -> None:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("encoder")
-    tiny_model("bert").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny("bert", tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
@@ -294,22 +290,52 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call the command line; (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    return call
-
-
 SMALL = ["--epochs", 4, "--length", 3, "--batch-size", 6, "--learning-rate", 0.02]
 COLUMNS = ["--text-column", "text", "--label-column", "label"]
+
+
+def test_usual_columns_are_known_and_those_of_a_run_remembered(run: Any, tmp_path: Path) -> None:
+    """Nothing has to be said twice: how rows are read goes with the prefix, on decoders up to the words of labels."""
+    base = save_tiny("llama", tmp_path / "model")
+    for name, columns in (("usual", "text,label"), ("own", "review,verdict")):
+        lines = "".join(f"good work {k},yes\nbad work {k},no\n" for k in range(8))
+        (tmp_path / f"{name}.csv").write_text(f"{columns}\n{lines}")
+    rows, out = tmp_path / "own.csv", tmp_path / "run"
+    status, text, err = run("train", "--base", base, "--train", tmp_path / "usual.csv", *SMALL, "-o", tmp_path / "u")
+    assert status == 0 and "dev accuracy" in text and "foreword predict" in text, err
+    own = ["--text-column", "review", "--label-column", "verdict", "--template", "{review}\\nWell?"]
+    own += ["--label-words", "Bad", "--label-words", "Good"]
+    status, _, err = run("train", "--base", base, "--train", rows, *own, *SMALL, "--epochs", 12, "-o", out)
+    assert status == 0, err
+    status, text, err = run("evaluate", out, "--test", rows)
+    assert status == 0 and "accuracy" in text, err
+    outputs = json.loads((out / "evaluation.json").read_text())["outputs"]
+    texts, answers = ([output[key] for output in outputs] for key in ("prompt", "text"))
+    assert set(answers) == {"no", "yes"}, "the test would not see what is predicted"
+    status, text, err = run("predict", "-p", out, texts[0], "--json")
+    assert status == 0 and json.loads(text.splitlines()[-1])["predictions"][0]["label"] == answers[0], err
+    loaded = fw.BaseModel.load(base)
+    prefix = fw.Prefix.load(find_prefix(out), loaded)
+    found = fw.predict(loaded, prefix, [{"review": text} for text in texts])
+    assert [each.label for each in found] == answers
+    status, _, err = run("predict", "-p", out, texts[0], "two")
+    assert status == 1 and "2 text(s) in row 1; expected 1: review; give them in this order" in err
+    status, _, err = run("evaluate", out, "--test", rows, "--text-column", "body")
+    assert status == 1 and "no column 'body' in own.csv" in err
+    status, _, err = run("train", "--from", out, "--train", rows, *SMALL, "--base", base, "-o", tmp_path / "again")
+    assert status == 0, err
+    again = json.loads((tmp_path / "again" / "prefix" / "prefix.json").read_text())["metadata"]["row_options"]
+    assert again["label_words"] == ["Bad", "Good"] and again["template"] == own[5]
+
+
+def test_options_of_a_choice_are_predicted_by_their_text(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREWORD_DATA", str(data_folder))
+    base, rows = tiny_base("bert"), [["it rained", "wet roads", "a new car", "effect"]]
+    result = fw.train(base, None, "copa", config(epochs=1, train_limit=8, dev_limit=4))
+    (found,) = fw.predict(base, result.prefix, rows)
+    assert found.option == rows[0][int(found.label)]
+    with pytest.raises(DataError, match="row 1: question 'why' is neither cause nor effect"):
+        fw.predict(base, result.prefix, [[*rows[0][:3], "why"]])
 
 
 def test_labels_from_own_files(run: Any, encoder: str, files: Path, tmp_path: Path) -> None:
@@ -322,7 +348,7 @@ def test_labels_from_own_files(run: Any, encoder: str, files: Path, tmp_path: Pa
     assert "dev accuracy" in text and "nats per label" in text and "foreword predict" in text
     assert set(json.loads(text.splitlines()[-1])["scores"]) == {"accuracy", "macro_f1"}
     saved = json.loads((out / "evaluation.json").read_text())
-    status, text, err = run("evaluate", out, "--test", files / "test.csv", *COLUMNS, "--text-pair-column", "other")
+    status, text, err = run("evaluate", out, "--test", files / "test.csv")
     assert status == 0, err
     assert "accuracy" in text and str(out / "evaluation.json") in text
     again = json.loads((out / "evaluation.json").read_text())
@@ -362,6 +388,14 @@ def test_several_seeds_in_one_command(run: Any, encoder: str, files: Path, tmp_p
     assert json.loads(text.splitlines()[-1])["scores"]["accuracy"]["per_seed"]
     assert sorted(path.name for path in out.iterdir()) == ["seed0", "seed1", "summary.json"]
     assert run(*command)[1].splitlines()[-1].split('"started"')[0] == text.splitlines()[-1].split('"started"')[0]
+    before = json.loads(text.splitlines()[-1])["scores"]
+    status, text, err = run("evaluate", out, "--test", files / "test.csv", "--json")
+    assert status == 0 and "all seeds" in text and "seed1" in text, err
+    assert json.loads(text.splitlines()[-1])["scores"] == before
+    status, _, err = run("evaluate", out, "--test", files / "test.csv", "--out", tmp_path / "scores.json")
+    assert status == 1 and "for 2 seeds; expected no --out" in err
+    status, text, err = run("explain", out, "--test", files / "test.csv")
+    assert status == 0 and all((out / f"seed{k}" / "explain" / "explain.html").exists() for k in (0, 1)), err
 
 
 OWN = ["train", "--train", "ROWS", *COLUMNS]
@@ -415,7 +449,7 @@ def test_what_is_left_out_and_what_is_next_is_said(run: Any, encoder: str, files
     status, text, err = run("prune", out, "--keep", 0.5, *rows, "--no-evaluate", "-o", tmp_path / "half")
     command = f"foreword train labelled --train ROWS --base {encoder} --from {tmp_path / 'half'} --retrain continue"
     assert status == 0 and f"{command} --shots 4 --seed 1 --seeds 2 --out {tmp_path / 'half-retrained'}" in text, err
-    with pytest.raises(PrefixError, match="foreword evaluate"):
+    with pytest.raises(PrefixError, match="foreword generate"):
         fw.predict(tiny_base("llama"), fw.Prefix.new(tiny_base("llama"), length=2, init="random"), ["a"])
 
 

@@ -7,6 +7,7 @@ operation which is left out or done twice shows in the logits.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from foreword.base import BaseModel
 
-__all__ = ["REFUSED", "TINY", "VOCAB", "tiny_base", "tiny_inputs", "tiny_model", "tiny_tokenizer"]
+__all__ = ["REFUSED", "TINY", "VOCAB", "save_tiny", "tiny_base", "tiny_inputs", "tiny_model", "tiny_tokenizer"]
 
 VOCAB = 300
 PAD, BOS, EOS = 0, 1, 2
@@ -198,6 +199,13 @@ def tiny_base(name: str, **overrides: Any) -> BaseModel:
 
     tokenizer = None if name in ("vit", "whisper") else tiny_tokenizer()
     return BaseModel(tiny_model(name, **overrides), tokenizer, name=f"tiny-{name}")
+
+
+def save_tiny(name: str, folder: Path, **overrides: Any) -> str:
+    """A tiny model and its tokenizer in a folder, as a user's own model is; the folder's path."""
+    tiny_model(name, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def tiny_inputs(name: str, batch: int = 2, tokens: int = 7, seed: int = 0) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from foreword.data import Rows, ordered_batches
 from foreword.errors import ConfigError, DataError, PrefixError
 from foreword.frozen import frozen_training
 from foreword.metrics import bootstrap_interval, get_metric
-from foreword.objectives import HeadOptions, Objective, Prediction, objective_of
+from foreword.objectives import HeadOptions, Objective, Predicted, objective_of
 from foreword.prefix import Prefix
 from foreword.runs import provenance
 from foreword.storage import write_atomic
@@ -225,12 +225,12 @@ def predictions(
     prefix: Prefix | None,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[float, int, list[Prediction]]:
+) -> tuple[float, int, list[Predicted]]:
     """The cost of the right answers, their tokens or labels, and what is predicted, in the order of the rows."""
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}", "at least 1", "correct it")
     nats, units = 0.0, 0
-    found: dict[int, Prediction] = {}
+    found: dict[int, Predicted] = {}
     with frozen_training(objective.base.model):
         for batch in ordered_batches(rows.lengths, batch_size):
             measured = objective.measure(rows, batch, prefix)

@@ -28,7 +28,7 @@ from foreword.prefix import Head, Sites
 from foreword.tasks import Split, Task
 from foreword.texts import collate_texts, encode_texts, encode_words
 
-__all__ = ["Completion", "HeadOptions", "LabelWords", "Measured", "Objective", "Prediction", "objective_of"]
+__all__ = ["Completion", "HeadOptions", "LabelWords", "Measured", "Objective", "Predicted", "objective_of"]
 
 Progress = Callable[[int, int], None]
 
@@ -43,7 +43,7 @@ class HeadOptions:
     seed: int = 0
 
 
-class Prediction(NamedTuple):
+class Predicted(NamedTuple):
     """What is predicted for one row: numbers of labels (one, or one for each word), and how probable they are."""
 
     labels: tuple[int, ...]
@@ -55,7 +55,7 @@ class Measured(NamedTuple):
 
     nats: float
     units: int
-    predictions: list[Prediction]
+    predictions: list[Predicted]
 
 
 class Objective(ABC):
@@ -87,7 +87,7 @@ class Objective(ABC):
     def measure(self, rows: Rows, numbers: Sequence[int], read: Sites | Prefixes) -> Measured:
         """The loss and the predictions of some rows."""
 
-    def answer(self, prediction: Prediction) -> str:
+    def answer(self, prediction: Predicted) -> str:
         """A prediction as a metric reads it."""
         return " ".join(self.task.labels[label] for label in prediction.labels)
 
@@ -95,7 +95,7 @@ class Objective(ABC):
         """The right answer as a metric reads it."""
         return str(example.label)
 
-    def score(self, rows: Rows, predictions: Sequence[Prediction]) -> float:
+    def score(self, rows: Rows, predictions: Sequence[Predicted]) -> float:
         """The selecting metric over all rows."""
         answers = [self.answer(prediction) for prediction in predictions]
         return get_metric(self.score_name)(answers, [[self.right(example)] for example in rows.examples])
@@ -173,7 +173,7 @@ class LabelWords(Objective):
             ranked = -costs / lengths if self.task.kind == "choice" else -costs
             chances = torch.softmax(ranked, 0)
             best = int(ranked.argmax())
-            predictions.append(Prediction((best,), float(chances[best])))
+            predictions.append(Predicted((best,), float(chances[best])))
         return Measured(nats, count, predictions)
 
     def _costs(self, chosen: Sequence[_Options], read: Sites | Prefixes) -> list[Tensor]:
@@ -261,8 +261,8 @@ class _Head(Objective):
     def _targets(self, chosen: Sequence[Any], device: torch.device) -> Tensor:
         return torch.tensor([label for each in chosen for label in each.labels], dtype=torch.long, device=device)
 
-    def _predictions(self, chosen: Sequence[Any], labels: Sequence[int], chances: Sequence[float]) -> list[Prediction]:
-        return [Prediction((label,), chance) for _, label, chance in zip(chosen, labels, chances, strict=True)]
+    def _predictions(self, chosen: Sequence[Any], labels: Sequence[int], chances: Sequence[float]) -> list[Predicted]:
+        return [Predicted((label,), chance) for _, label, chance in zip(chosen, labels, chances, strict=True)]
 
 
 class _Texts(NamedTuple):
@@ -340,13 +340,11 @@ class WordHead(_Head):
     def logits(self, vectors: Tensor, counts: Sequence[int]) -> Tensor:  # noqa: ARG002 - each vector is answered
         return self.head(vectors)
 
-    def _predictions(
-        self, chosen: Sequence[_Tags], labels: Sequence[int], chances: Sequence[float]
-    ) -> list[Prediction]:
+    def _predictions(self, chosen: Sequence[_Tags], labels: Sequence[int], chances: Sequence[float]) -> list[Predicted]:
         found, given = [], iter(zip(labels, chances, strict=True))
         for each in chosen:
             pairs = [next(given) if place >= 0 else (self._numbers["O"], 1.0) for place in each.text.places]
-            found.append(Prediction(tuple(label for label, _ in pairs), sum(c for _, c in pairs) / len(pairs)))
+            found.append(Predicted(tuple(label for label, _ in pairs), sum(c for _, c in pairs) / len(pairs)))
         return found
 
     def right(self, example: Any) -> str:

@@ -1,21 +1,26 @@
-"""Prediction: what the head of a prefix says of texts that no task has."""
+"""Prediction: the labels of texts that no file has, read as the task of a prefix reads its own rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from foreword.base import BaseModel
 from foreword.errors import DataError, PrefixError
 from foreword.evaluate import objective_for, predictions
 from foreword.prefix import Head, Prefix
-from foreword.tasks import Labelled, Split, Tagged
+from foreword.tasks import Labelled, Split, Tagged, Task, get_task, list_tasks
+from foreword.tasks.rows import Unusable
 
-__all__ = ["HeadTask", "Prediction", "predict"]
+__all__ = ["HeadTask", "Prediction", "predict", "reading_task"]
+
+Given: TypeAlias = str | Sequence[Any] | Mapping[str, str]
 
 
 class Prediction(NamedTuple):
     """A predicted label, or one tag for each word joined by spaces, and its probability (of tags: the mean).
+
+    Of a choice, `option` is the text that was chosen.
 
     >>> Prediction("positive", 0.93).label
     'positive'
@@ -23,43 +28,74 @@ class Prediction(NamedTuple):
 
     label: str
     probability: float
+    option: str = ""
+
+
+class _Reader(Protocol):
+    """A task that reads rows without their labels; `columns` are what a row consists of."""
+
+    columns: tuple[str, ...]
+
+    def unlabelled(self, row: Mapping[str, str], name: str, number: int) -> Labelled:
+        """What is read of a row; `Unusable` if it cannot be read."""
 
 
 def predict(
     base: BaseModel,
     prefix: Prefix,
-    texts: Sequence[str | Sequence[Any]],
+    rows: Sequence[Given],
     *,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """What the head of a prefix says of each text: a string, or the two strings of a pair.
+    """The label of each row, by the head of a prefix on an encoder, by the task's label words on other models.
 
-    For a prefix of a multiple choice, a row is the sequence of its options, each a string or a pair. For tagging it is
-    a string whose words are separated by white space, or the sequence of its words. Raises `PrefixError` for a prefix
-    without a head, `DataError` for texts of another form or without tokens.
+    A row is a text, or the texts that the prefix's task reads, in the order of its columns or by their names, as
+    `(premise, hypothesis)` for `rte`. For tagging it is a string whose words are separated by white space, or the
+    sequence of its words. Where the prefix was trained for a task of the caller's own, a row is what its head reads: a
+    text, a pair, or the sequence of the options of a choice, each a text or a pair.
+
+    Raises `PrefixError` for a prefix that predicts no labels, `DataError` for rows of another form or without tokens.
 
     >>> import foreword as fw
     >>> base = fw.BaseModel.load("minilm")  # doctest: +SKIP
     >>> prefix = fw.Prefix.load("runs/rte/prefix", base)  # doctest: +SKIP
     >>> fw.predict(base, prefix, [("It rained all day.", "It was dry.")])  # doctest: +SKIP
     """
+    task = reading_task(prefix)
+    if isinstance(rows, str):
+        raise DataError("one string", "a sequence of texts", "put it into a list")
+    if not rows:
+        return []
+    objective = objective_for(base, prefix, task)
+    examples = [_example(task, row, number) for number, row in enumerate(rows, start=1)]
+    encoded = objective.encode(Split("texts", examples), strict=True)
+    _, _, found = predictions(objective, encoded, prefix, batch_size, progress)
+    answers = [objective.answer(each) for each in found]
+    return [
+        Prediction(answer, each.probability, _option(task, example, answer))
+        for answer, each, example in zip(answers, found, examples, strict=True)
+    ]
+
+
+def reading_task(prefix: Prefix) -> Task:
+    """The task whose rows a prefix was trained to read, as far as the prefix tells it.
+
+    Raises `PrefixError` for a prefix that predicts no labels.
+    """
+    known = prefix.metadata
+    name, labels = known.get("task"), tuple(known.get("labels", ()))
+    if name in list_tasks() and labels and (prefix.head is None or prefix.head.kind != "tagging"):
+        given = {"labels": labels, **known["row_options"]} if "row_options" in known else {}
+        task = get_task(name, **given)
+        if task.labels == labels and hasattr(task, "unlabelled"):
+            return task
     if prefix.head is None:
         raise PrefixError(
-            "a prefix without a head", "one that was trained on an encoder for a task with labels",
-            "score the label words of a decoder with foreword evaluate, or let it write with foreword generate",
+            "a prefix that predicts no labels", "one that was trained for a task with labels",
+            "let it write with foreword generate",
         )  # fmt: skip
-    if isinstance(texts, str):
-        raise DataError("one string", "a sequence of texts", "put it into a list")
-    if not texts:
-        return []
-    task = HeadTask(prefix.head)
-    objective = objective_for(base, prefix, task)
-    rows = objective.encode(
-        Split("texts", [task.example(n, text) for n, text in enumerate(texts, start=1)]), strict=True
-    )
-    _, _, found = predictions(objective, rows, prefix, batch_size, progress)
-    return [Prediction(objective.answer(each), each.probability) for each in found]
+    return HeadTask(prefix.head)
 
 
 class HeadTask:
@@ -76,7 +112,7 @@ class HeadTask:
         """Nothing: the texts come from the caller."""
         return Split("texts", [])
 
-    def example(self, row: int, given: str | Sequence[str]) -> Labelled | Tagged:
+    def example(self, given: Any, row: int) -> Labelled | Tagged:
         """A row of the task, with a label that nobody knows."""
         label = self.labels[0]
         if self.kind == "tagging":
@@ -90,6 +126,33 @@ class HeadTask:
         else:
             texts = (_parts(given, row),)
         return Labelled(str(row), texts, label, "", (), row)
+
+
+def _example(task: Task, given: Given, row: int) -> Labelled | Tagged:
+    if isinstance(task, HeadTask):
+        return task.example(given, row)
+    reader: _Reader = task  # type: ignore[assignment]  # reading_task has looked
+    columns = reader.columns
+    if not isinstance(given, Mapping):
+        parts = [given] if isinstance(given, str) else list(given)
+        if len(parts) != len(columns):
+            raise DataError(
+                f"{len(parts)} text(s) in row {row}", f"{len(columns)}: {', '.join(columns)}",
+                "give them in this order",
+            )  # fmt: skip
+        given = dict(zip(columns, parts, strict=True))
+    try:
+        return reader.unlabelled(given, f"row {row}", row)
+    except Unusable as reason:
+        raise DataError(f"row {row}: {reason}", f"texts for {', '.join(columns)}", "correct the row") from None
+
+
+def _option(task: Task, example: Labelled | Tagged, answer: str) -> str:
+    """The text of a choice's answer, where it is known."""
+    if task.kind != "choice" or isinstance(example, Tagged):
+        return ""
+    number = task.labels.index(answer)
+    return example.candidates[number] if example.candidates else " ".join(example.texts[number])
 
 
 def _parts(given: str | Sequence[str], row: int) -> tuple[str, ...]:

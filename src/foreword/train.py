@@ -36,7 +36,7 @@ from foreword.config import TrainConfig
 from foreword.data import Rows, epoch_batches, micro_batches, ordered_batches
 from foreword.errors import RunError
 from foreword.frozen import frozen_training
-from foreword.objectives import Objective, Prediction
+from foreword.objectives import Objective, Predicted
 from foreword.parallel import Processes, checkpoint_layers, shard_model
 from foreword.parametrization import PrefixModule
 from foreword.prefix import Prefix, Sites, SiteTensors
@@ -114,6 +114,8 @@ def train(
         trainer.origin = {"task": task.name, "data": {name: split.sha256 for name, split in splits.items()}}
         if task.labels:
             trainer.origin["labels"] = list(task.labels)
+        if row_options := getattr(task, "row_options", None):
+            trainer.origin["row_options"] = row_options
         record = {
             "options": config.to_dict(), "base": base.name, "processes": processes.count,
             "data": {name: describe_rows(split, rows[name], config.shots > 0) for name, split in splits.items()},
@@ -290,7 +292,7 @@ class _Trainer:
         """The loss and, where labels are predicted, the score on the dev rows; a new best is kept."""
         start = time.perf_counter()
         nats, units, position = 0.0, 0, self.position
-        found: dict[int, Prediction] = {}
+        found: dict[int, Predicted] = {}
         with torch.no_grad():
             sites = self.module()
             for number, batch in enumerate(self.dev_batches, start=1):
@@ -315,7 +317,7 @@ class _Trainer:
         self._log({**counted, **scored}, seconds=time.perf_counter() - start)
         self._compare(loss, score)
 
-    def _score(self, found: dict[int, Prediction]) -> float | None:
+    def _score(self, found: dict[int, Predicted]) -> float | None:
         """The selecting metric of the predictions of all processes."""
         if not self.objective.score_name:
             return None

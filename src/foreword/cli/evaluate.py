@@ -1,4 +1,4 @@
-"""`foreword evaluate`: scores of a prefix beside the untouched base model."""
+"""`foreword evaluate`: scores of a prefix, or of several seeds, beside the untouched base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from foreword.cli.options import (
     Strict,
     file_flags,
     load_base,
-    load_prefix,
+    load_prefixes,
     make_task,
 )  # fmt: skip
 from foreword.errors import ConfigError
@@ -30,7 +30,9 @@ __all__ = ["evaluate", "print_scores", "print_side_by_side"]
 
 @file_flags("test")
 def evaluate(
-    prefix: Annotated[Path | None, typer.Argument(help="A prefix or run folder; none: the base model alone.")] = None,
+    prefix: Annotated[
+        Path | None, typer.Argument(help="A prefix, a run folder, or one of several seeds; none: the base model alone.")
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", "-t", help="e2e, rte, ... (default: the prefix's own)")] = None,
     base: Base = None,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
@@ -52,45 +54,81 @@ def evaluate(
 ) -> None:
     """Write for every row of a split, or predict its labels, and score against its references.
 
+    Of a folder of several seeds each prefix is scored, and how far the scores spread.
+
     foreword evaluate runs/trails --with-base
     foreword evaluate runs/rte
     """
     from foreword.evaluate import evaluate as run
-    from foreword.runs import EVALUATION, is_run
 
-    if prefix is None and base is None:
-        raise ConfigError("neither a prefix nor --base", "one of them", "see foreword evaluate --help")
-    if split not in ("dev", "test"):
-        raise ConfigError(f"split {split!r}", "dev or test", "choose one of them")
-    if files and "test" in files and split != "test":
-        raise ConfigError(f"--split {split} together with --test", "one of both", "leave --split out")
-    if out is not None and out.exists() and not out.is_file():
-        raise ConfigError(f"--out {out} is not a plain file", "a file to write or replace", "choose another path")
-    loaded, trained = (
-        (load_base(base or "", dtype, device), None) if prefix is None else load_prefix(prefix, base, dtype, device)
+    _check(prefix, base, split, files or {}, out)
+    loaded, prefixes = (
+        (load_base(base or "", dtype, device), []) if prefix is None else load_prefixes(prefix, base, dtype, device)
     )
-    known = {} if trained is None else trained.metadata
-    chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
+    if out is not None and len(prefixes) > 1:
+        raise ConfigError(f"--out {out} for {len(prefixes)} seeds", "no --out", "each run folder keeps its own scores")
+    chosen = make_task(task, files or {}, prefixes[0][2].metadata if prefixes else {}, split)
     options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
     results: list[Evaluation] = []
-    for each in [None, trained] if with_base and trained is not None else [trained]:
-        with bar("base model" if each is None else "with prefix") as progress:
+    untouched = [("base model", None)] if with_base or not prefixes else []
+    for name, each in [*untouched, *((f"with prefix {name}".strip(), trained) for name, _, trained in prefixes)]:
+        with bar(name) as progress:
             results.append(
                 run(
                     loaded, each, chosen, split, limit=limit, strict=strict, batch_size=batch_size,
                     max_new_tokens=max_new_tokens, progress=progress, **options,
                 )
             )  # fmt: skip
-    if out is None and prefix is not None and is_run(prefix):
-        out = prefix / (EVALUATION if split == "test" else f"evaluation-{split}.json")
     if results[-1].skipped_rows:
         print_skipped([each._asdict() for each in chosen.split(split, limit=limit).skipped], split)
-    print_side_by_side(results, show)
-    print_scores(results)
+    if len(prefixes) > 1:
+        spread = print_spread([name for name, _, _ in prefixes], results)
+    else:
+        spread = {}
+        print_side_by_side(results, show)
+        print_scores(results)
+    tested = results[len(untouched) :] or results
+    for path, result in zip([place for _, place, _ in prefixes] or [None], tested, strict=True):
+        _save(result, path, split, out)
+    emit({"results": [result.to_dict(outputs=False) for result in results], **spread}, as_json)
+
+
+def _check(prefix: Path | None, base: str | None, split: str, files: dict[str, Any], out: Path | None) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded."""
+    if prefix is None and base is None:
+        raise ConfigError("neither a prefix nor --base", "one of them", "see foreword evaluate --help")
+    if split not in ("dev", "test"):
+        raise ConfigError(f"split {split!r}", "dev or test", "choose one of them")
+    if "test" in files and split != "test":
+        raise ConfigError(f"--split {split} together with --test", "one of both", "leave --split out")
+    if out is not None and out.exists() and not out.is_file():
+        raise ConfigError(f"--out {out} is not a plain file", "a file to write or replace", "choose another path")
+
+
+def _save(result: Evaluation, path: Path | None, split: str, out: Path | None) -> None:
+    """Keep scores and texts in `out`, else in the run folder, where it is one."""
+    from foreword.runs import EVALUATION, is_run
+
+    if out is None and path is not None and is_run(path):
+        out = path / (EVALUATION if split == "test" else f"evaluation-{split}.json")
     if out is not None:
-        results[-1].save(out)
+        result.save(out)
         say(f"all texts: {out}")
-    emit({"results": [result.to_dict(outputs=False) for result in results]}, as_json)
+
+
+def print_spread(names: list[str], results: list[Evaluation]) -> dict[str, Any]:
+    """A table of the scores of several seeds and of what they have in common, which is returned as plain values."""
+    from foreword.seeds import spreads
+
+    tested = results[-len(names) :]
+    found = spreads(tested)
+    rows = [[name, *(str(score) for score in each.scores.values())] for name, each in zip(names, tested, strict=True)]
+    rows += [["base model", *(str(score) for score in each.scores.values())] for each in results[: -len(names)]]
+    rows.append(["all seeds", *(str(each) for each in found.values())])
+    first = tested[0]
+    table(f"{first.task} {first.split}, {len(first.outputs)} rows, {first.base}", ["", *found], rows)
+    say("95 % bootstrap intervals: of one seed over rows, of all (mean ± standard deviation) over seeds and rows")
+    return {"scores": {name: each._asdict() for name, each in found.items()}}
 
 
 def print_scores(results: list[Evaluation]) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foreword.cli.console import emit, say, stages, table
-from foreword.cli.options import Base, Device, Dtype, Json, Limit, Strict, file_flags, load_prefix, make_task
+from foreword.cli.options import Base, Device, Dtype, Json, Limit, Strict, file_flags, load_prefixes, make_task
+
+if TYPE_CHECKING:
+    from foreword.explain import Explanation
 
 __all__ = ["explain"]
 
 
 @file_flags("dev", "test")
 def explain(
-    path: Annotated[Path, typer.Argument(help="A run folder or a prefix folder, trained with gates apt.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run folder, one of several seeds, or a prefix folder, trained with gates apt.")
+    ],
     task: Annotated[str | None, typer.Option("--task", "-t", help="rte, sst2, ... (default: the prefix's own)")] = None,
     base: Base = None,
     split: Annotated[str, typer.Option(help="test or dev.")] = "test",
@@ -41,25 +46,31 @@ def explain(
     from foreword.explain_page import save_explanation
     from foreword.probe import beside
 
-    loaded, prefix = load_prefix(path, base, dtype, device)
-    known = prefix.metadata
-    chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
-    with stages() as progress:
-        found = run(
-            loaded, prefix, chosen, split, limit=limit, strict=strict, batch_size=batch_size, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-    folder = out or beside(path, "explain")
-    save_explanation(found, folder)
+    loaded, prefixes = load_prefixes(path, base, dtype, device)
+    results = []
+    for name, place, prefix in prefixes:
+        chosen = make_task(task, files or {}, prefix.metadata, split)
+        with stages() as progress:
+            found = run(
+                loaded, prefix, chosen, split, limit=limit, strict=strict, batch_size=batch_size, seed=seed,
+                progress=progress,
+            )  # fmt: skip
+        folder = beside(place, "explain") if out is None else out / name
+        save_explanation(found, folder)
+        _print(found, name)
+        say(f"report     {folder / 'explain.html'}")
+        results.append({"folder": str(folder), **found.to_dict()})
+        del results[-1]["rows"]
+    emit(results[0] if len(results) == 1 else {"results": results}, as_json)
+
+
+def _print(found: Explanation, name: str) -> None:
+    """The most telling layers, and what was found in sentences."""
     rows = [
         [each.name, f"{each.auroc:.3f}", f"[{each.low:.3f}, {each.high:.3f}]", each.mean_right, each.mean_wrong]
         for each in found.most_telling[:5]
     ]
     if rows:
-        table("most telling layers", ["", "AUROC", "95 %", "gate if right", "gate if wrong"], rows)
+        table(f"{name} most telling layers".strip(), ["", "AUROC", "95 %", "gate if right", "gate if wrong"], rows)
     for line in found.summary():
         say(line)
-    say(f"report     {folder / 'explain.html'}")
-    plain = found.to_dict()
-    del plain["rows"]
-    emit({"folder": str(folder), **plain}, as_json)

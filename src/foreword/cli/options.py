@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -32,6 +32,7 @@ __all__ = [
     "file_words",
     "load_base",
     "load_prefix",
+    "load_prefixes",
     "make_task",
 ]
 
@@ -69,23 +70,23 @@ OWN_TASKS = {
     "labelled": ("text_column", "text_pair_column", "label_column", "label_words"),
     "conll": ("words_column", "tags_column"),
 }
+_USUAL = {"labelled": ("text", "label"), "conll": ("tokens", "tags")}
+_EITHER = (("prompt_column", "template"), ("completion_column", "completion_template"))
 _CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")
 
 
 def make_task(
-    name: str | None,
-    files: dict[str, Any],
-    default: str | None = None,
-    labels: Sequence[str] = (),
-    split: str = "test",
+    name: str | None, files: dict[str, Any], known: Mapping[str, Any] | None = None, split: str = "test"
 ) -> Task:
     """The named task, or one of the user's own files; exactly one of both.
 
-    `default` is the task to take where none is named; `labels` are those of a prefix that is to be evaluated, `split`
-    the rows that are wanted.
+    `known` is what a prefix says of the task that it was trained for: it is taken where none is named, with its labels,
+    and rows are read the same way. `split` are the rows that are wanted.
     """
     from foreword.tasks import get_task
 
+    known = known or {}
+    default, labels = known.get("task"), known.get("labels", ())
     given = {option: value for option, value in files.items() if value not in (None, [], ())}
     if given and name is not None and name not in OWN_TASKS:
         raise ConfigError(
@@ -93,8 +94,10 @@ def make_task(
         )
     if given:
         own = name or _own_task(given, default)
+        if own == default:
+            given = {**_remembered(known.get("row_options", {}), given), **given}
         references = given.get("references")
-        if references is not None and len(references) == 1:
+        if isinstance(references, list) and len(references) == 1:
             given["references"] = references[0]
         if labels and "train" not in given and own == "labelled":
             given["labels"] = tuple(labels)
@@ -117,6 +120,12 @@ def make_task(
     return get_task(chosen)
 
 
+def _remembered(row_options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """How a prefix reads rows, but for what another given option takes the place of."""
+    replaced = {name for pair in _EITHER if any(name in given for name in pair) for name in pair}
+    return {name: value for name, value in row_options.items() if name not in replaced}
+
+
 def file_words(files: dict[str, Any]) -> str:
     """The options for a user's own rows as they are typed, for a command that is to be run on the same rows."""
     words = [
@@ -129,6 +138,8 @@ def file_words(files: dict[str, Any]) -> str:
 
 def _own_task(given: dict[str, Any], default: str | None) -> str:
     """Which task the given options and files are for."""
+    from foreword.tasks.tables import first_columns
+
     used = {own: next(filter(given.__contains__, options), "") for own, options in OWN_TASKS.items()}
     used = {own: option for own, option in used.items() if option}
     if len(used) > 1:
@@ -139,7 +150,10 @@ def _own_task(given: dict[str, Any], default: str | None) -> str:
     if default in OWN_TASKS:
         return str(default)
     path = next((Path(given[split]) for split in ("train", "dev", "test") if split in given), Path())
-    return "conll" if path.suffix.lower() in _CONLL else "files"
+    if path.suffix.lower() in _CONLL:
+        return "conll"
+    columns = first_columns(path)
+    return next((own for own, needed in _USUAL.items() if columns.issuperset(needed)), "files")
 
 
 def load_base(name: str, dtype: str = "auto", device: str | None = None) -> BaseModel:

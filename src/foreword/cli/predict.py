@@ -1,9 +1,9 @@
-"""`foreword predict`: what the head of a prefix says of texts."""
+"""`foreword predict`: the labels of texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from foreword.cli.options import Base, Device, Dtype, Json, load_prefix
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
-    from foreword.prefix import Head
+    from foreword.predict import Prediction
 
 __all__ = ["predict"]
 
@@ -21,11 +21,13 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A text, or the two of a pair, or a text and its options; - or none reads rows from standard input, "
-            "one a line, their parts separated by tabs."
+            help="The texts of one row in the order of the task's columns: a text, or the two of a pair, or what is "
+            "chosen from; - or none reads rows from standard input, one a line, their texts separated by tabs."
         ),
     ] = None,
-    prefix: Annotated[Path | None, typer.Option("--prefix", "-p", help="A prefix or run folder with a head.")] = None,
+    prefix: Annotated[
+        Path | None, typer.Option("--prefix", "-p", help="A prefix or run folder, trained for a task with labels.")
+    ] = None,
     base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
     dtype: Dtype = "auto",
@@ -38,6 +40,7 @@ def predict(
     foreword predict --prefix runs/rte "It rained all day." "The ground was dry."
     """
     from foreword.predict import predict as run
+    from foreword.predict import reading_task
 
     if prefix is None:
         raise ConfigError("no --prefix", "a prefix or run folder", "see foreword predict --help")
@@ -45,27 +48,23 @@ def predict(
     given = read_texts(texts, "text")
     loaded, trained = load_prefix(prefix, base, dtype, device)
     rows = [line.split("\t") for line in given] if lines else [given]
-    asked = rows if trained.head is None else [_row(trained.head, parts) for parts in rows]
+    tagging = reading_task(trained).kind == "tagging"
     with bar("predicting") as progress:
-        found = run(loaded, trained, asked, batch_size=batch_size, progress=progress)
+        found = run(
+            loaded, trained, [" ".join(parts) for parts in rows] if tagging else rows, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
     for parts, each in zip(rows, found, strict=True):
         if not as_json:
-            _print(trained.head, parts, each.label, each.probability)
+            _print(" ".join(parts).split() if tagging else [], each)
     emit({"predictions": [{"parts": p, **each._asdict()} for p, each in zip(rows, found, strict=True)]}, as_json)
 
 
-def _row(head: Head, parts: list[str]) -> Any:
-    """The parts as `foreword.predict` reads them: the first text of a choice goes with each of its options."""
-    if head.kind == "choice":
-        return [(parts[0], option) for option in parts[1:]]
-    return " ".join(parts) if head.kind == "tagging" else parts
-
-
-def _print(head: Head | None, parts: list[str], label: str, probability: float) -> None:
-    if head is not None and head.kind == "tagging":
-        for word, tag in zip(" ".join(parts).split(), label.split(), strict=True):
+def _print(words: list[str], found: Prediction) -> None:
+    """Each word with its tag, or the label and how probable it is."""
+    if words:
+        for word, tag in zip(words, found.label.split(), strict=True):
             say(f"{word}\t{tag}")
         say()
         return
-    option = f"  {parts[int(label)]}" if head is not None and head.kind == "choice" else ""
-    say(f"{label}{option}  {100 * probability:.0f} %")
+    say(f"{found.label}{f'  {found.option}' if found.option else ''}  {100 * found.probability:.0f} %")

@@ -81,8 +81,7 @@ def fold(
     results: list[Evaluation] = []
     if gates:
         loaded, prefix = load_prefix(path, base, dtype, device)
-        known = prefix.metadata
-        chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
+        chosen = make_task(task, files or {}, prefix.metadata, split)
         folded, results = _fold_mean(loaded, prefix, chosen, split, limit)
     else:
         folded = prefix.fold()

@@ -50,8 +50,7 @@ def probe(
     loaded, prefixes = load_prefixes(path, base, dtype, device)
     results = []
     for name, place, prefix in prefixes:
-        known = prefix.metadata
-        chosen = make_task(task, files or {}, default=known.get("task"), labels=known.get("labels", ()), split=split)
+        chosen = make_task(task, files or {}, prefix.metadata, split)
         rows = chosen if files else drawn_as(prefix, chosen)
         with bar(f"probing {name}".strip()) as progress:
             found = run(loaded, prefix, rows, split, limit=limit, strict=strict, seed=seed, progress=progress)

@@ -106,12 +106,11 @@ class _Rows(NamedTuple):
         from foreword.probe import probe as run
         from foreword.start import drawn_as
 
-        known = prefix.metadata
-        task = self.task or known.get("task")
+        task = self.task or prefix.metadata.get("task")
         probed = saved_probe(beside(place, "probe"), prefix, task, self.split, self.limit)
         chosen = None
         if probed is None or score:
-            chosen = make_task(self.task, self.files, default=task, labels=known.get("labels", ()), split=self.split)
+            chosen = make_task(self.task, self.files, prefix.metadata, self.split)
             chosen = chosen if self.files else drawn_as(prefix, chosen)
         if probed is None:
             assert chosen is not None

@@ -56,13 +56,13 @@ def train(
     """
     from foreword.config import TrainConfig
     from foreword.seeds import evaluate_run, train_seeds
-    from foreword.start import Start
+    from foreword.start import Start, of_seed
     from foreword.train import train as run
 
     begin = Start(start, retrain, lengths_from, gates_from)
     given = settings or {}
     chosen = TrainConfig.from_toml(config, given) if config is not None else TrainConfig(**given)
-    work = make_task(task, files or {})
+    work = make_task(task, files or {}, {} if start is None else _said_by(of_seed(start, chosen.seed)))
     if evaluate and files and "test" not in files:
         raise ConfigError("--evaluate without --test", "your test rows", "name them, or leave --evaluate out")
     folder = out or Path("runs") / work.name
@@ -91,6 +91,14 @@ def train(
     emit({"folder": str(folder), **result.metrics, **scores}, as_json)
 
 
+def _said_by(path: Path) -> dict[str, Any]:
+    """What the prefix to start from says of its task."""
+    from foreword.artifact import load_prefix
+    from foreword.runs import find_prefix
+
+    return load_prefix(find_prefix(path)).metadata
+
+
 def _print_run(result: TrainResult, tested: Evaluation | None, folder: Path, work: Task) -> None:
     from foreword.cli.evaluate import print_scores
 
@@ -117,9 +125,7 @@ def _next(folder: Path, task: str | None, labels: bool = False, head: bool = Fal
     if task is not None:
         return f"foreword evaluate {folder}{'' if head else ' --with-base'}"
     if labels:
-        return f"foreword evaluate {folder} --test ROWS" + (
-            f', or foreword predict --prefix {folder} "TEXT"' if head else ""
-        )
+        return f'foreword evaluate {folder} --test ROWS, or foreword predict --prefix {folder} "TEXT"'
     return f'foreword generate --prefix {folder} "PROMPT", or foreword evaluate {folder} --with-base --test ROWS'
 
 

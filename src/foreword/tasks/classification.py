@@ -30,7 +30,7 @@ class ClassificationTask(DatasetTask):
     """Rows with one of some labels; `read` says what a row looks like.
 
     `words` are the labels as a decoder writes them; without any, the task is a choice among each row's own options.
-    `stored` are the labels by what `label_column` holds, as text.
+    `stored` are the labels by what `label_column` holds, as text; `columns` are those that `read` needs.
     """
 
     def __init__(
@@ -41,21 +41,27 @@ class ClassificationTask(DatasetTask):
         read: Callable[[Row], Reading],
         stored: Mapping[str, str],
         words: tuple[str, ...] = (),
+        columns: tuple[str, ...] = ("text",),
         label_column: str = "label",
         **options: Any,
     ) -> None:
         super().__init__(name, labels, **options)
-        self.kind = "classification" if words else "choice"
+        self.kind, self.columns = "classification" if words else "choice", columns
         self._read, self._words, self._label_column, self._stored = read, words, label_column, stored
         if not words:
             self.max_new_tokens = 32
 
     def example(self, row: Row, name: str, number: int) -> Labelled:
         """The example in a row; `Unusable` if there is none."""
-        texts, prompt, options = self._read(row)
+        found = self.unlabelled(row, name, number)
         stored = row_label(row, self._label_column)
         check_label(stored, tuple(self._stored))
-        return Labelled(name, texts, self._stored[stored], prompt, self._words or options, number)
+        return found._replace(label=self._stored[stored])
+
+    def unlabelled(self, row: Row, name: str, number: int) -> Labelled:
+        """What is read of a row whose label nobody knows; the first one stands in for it."""
+        texts, prompt, options = self._read(row)
+        return Labelled(name, texts, self.labels[0], prompt, self._words or options, number)
 
     def key(self, example: Labelled) -> str:
         """The texts of an example."""

@@ -49,10 +49,11 @@ class ConllFiles(OwnFiles):
     labels: tuple[str, ...] = field(default=(), init=False)
 
     _unit = "sentence"
+    _row_options = ("words_column", "tags_column")
 
     def __post_init__(self) -> None:
         self.metrics, self.stop, self.types = tuple(self.metrics), tuple(self.stop), tuple(self.types)
-        self._set_files(train=self.train, dev=self.dev, test=self.test)
+        self._set_files(known=bool(self.types), train=self.train, dev=self.dev, test=self.test)
         self._check_files()
         self.types = self.types or self._types_of_train()
         self.labels = bio_labels(self.types)

@@ -50,6 +50,8 @@ class FileTask(OwnFiles):
     kind: str = field(default="generation", init=False)
     labels: tuple[str, ...] = field(default=(), init=False)
 
+    _row_options = ("prompt_column", "completion_column", "template", "completion_template", "references")
+
     def __post_init__(self) -> None:
         self._prompt = _template("prompt", self.prompt_column, self.template)
         self._completion = _template("completion", self.completion_column, self.completion_template)

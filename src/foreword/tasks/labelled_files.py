@@ -52,15 +52,16 @@ class LabelledFiles(OwnFiles):
     kind: str = field(default="classification", init=False)
 
     _unit = "text"
+    _row_options = ("text_column", "text_pair_column", "label_column", "label_words", "template")
 
     def __post_init__(self) -> None:
-        self._columns = [self.text_column, *([self.text_pair_column] if self.text_pair_column is not None else [])]
-        self._prompt = _prompt(self._columns, self.template)
+        self._texts = [self.text_column, *([self.text_pair_column] if self.text_pair_column is not None else [])]
+        self._prompt = _prompt(self._texts, self.template)
         self.metrics, self.stop = tuple(self.metrics), tuple(self.stop)
         self.labels, self.label_words = tuple(self.labels), tuple(self.label_words)
         if self.labels:
             self._check_words()
-        self._set_files(train=self.train, dev=self.dev, test=self.test)
+        self._set_files(known=bool(self.labels), train=self.train, dev=self.dev, test=self.test)
         self._check_files()
         if not self.labels:
             self.labels = self._labels_of_train()
@@ -70,17 +71,28 @@ class LabelledFiles(OwnFiles):
         return table_rows(self._files[split], self._needed(split))
 
     def _example(self, row: Row, _split: str, name: str, number: int) -> Labelled:
-        texts = tuple(row_text(row, column).strip() for column in self._columns)
-        prompt = self._prompt.render({column: row_text(row, column) for column in self._prompt.columns})
+        found = self.unlabelled(row, name, number)
         label = row_label(row, self.label_column)
         check_label(label, self.labels)
-        return Labelled(name, (texts,), label, prompt.rstrip() + "\n", self.label_words or self.labels, number)
+        return found._replace(label=label)
+
+    def unlabelled(self, row: Row, name: str, number: int) -> Labelled:
+        """What is read of a row whose label nobody knows; the first one stands in for it."""
+        texts = tuple(row_text(row, column).strip() for column in self._texts)
+        prompt = self._prompt.render({column: row_text(row, column) for column in self._prompt.columns})
+        words = self.label_words or self.labels
+        return Labelled(name, (texts,), self.labels[0], prompt.rstrip() + "\n", words, number)
 
     def _key(self, example: Labelled) -> str:
         return json.dumps(example.texts)
 
     def _needed(self, _split: str) -> Sequence[str]:
-        return list(dict.fromkeys([*self._columns, *self._prompt.columns, self.label_column]))
+        return [*self.columns, *([] if self.label_column in self.columns else [self.label_column])]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, but for the label."""
+        return tuple(dict.fromkeys([*self._texts, *self._prompt.columns]))
 
     def _labels_of_train(self) -> tuple[str, ...]:
         if "train" not in self._files:

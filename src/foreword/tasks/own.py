@@ -27,12 +27,24 @@ class OwnFiles(ABC):
     dev_fraction: float
     seed: int
     _unit = "prompt"  # what is not to be on both sides of train and dev
+    _row_options: tuple[str, ...]  # the options that say how a row is read
 
-    def _set_files(self, **given: str | PathLike[str] | None) -> None:
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """How rows are read, so that other files can be read the same way."""
+        values = {name: getattr(self, name) for name in self._row_options}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value not in (None, ())
+        }
+
+    def _set_files(self, *, known: bool = False, **given: str | PathLike[str] | None) -> None:
+        """Take the files; none is needed where the labels are `known`, to predict them of other rows."""
         if not 0 <= self.dev_fraction < 1:
             raise ConfigError(f"dev_fraction {self.dev_fraction}", "at least 0 and below 1", "correct it")
         self._files = {split: Path(path) for split, path in given.items() if path is not None}
-        if not self._files:
+        if not self._files and not known:
             raise ConfigError("no file", "a train, dev or test file", "name one")
 
     def _check_files(self) -> None:

@@ -76,6 +76,7 @@ def _task(name: str, base: str, **places: Any) -> ClassificationTask:
         chosen.labels,
         read=chosen.read,
         words=chosen.words,
+        columns=chosen.columns,
         stored=chosen.stored,
         instruction=chosen.instruction,
         metrics=chosen.metrics,

@@ -16,7 +16,7 @@ from foreword.errors import ConfigError, DataError
 from foreword.tasks.source import Row, parquet_columns, parquet_rows
 from foreword.tasks.task import SkippedRow
 
-__all__ = ["FORMATS", "check_exists", "check_file", "read_lines", "table_columns", "table_rows"]
+__all__ = ["FORMATS", "check_exists", "check_file", "first_columns", "read_lines", "table_columns", "table_rows"]
 
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".csv": ",", ".tsv": "\t", ".parquet": "parquet"}
 
@@ -57,6 +57,17 @@ def table_columns(path: Path) -> list[str] | None:
             f"{path.name} has column {repeated[0]!r} more than once", "different names", "rename one of them"
         )
     return header[1]
+
+
+def first_columns(path: Path) -> set[str]:
+    """The columns of a table, or of its first row where every row names its own; none where it cannot be read."""
+    if path.suffix.lower() not in FORMATS or not path.is_file():
+        return set()
+    columns = table_columns(path)
+    if columns is None:
+        first = next((row for row in _json_rows(path) if not isinstance(row, SkippedRow)), None)
+        columns = [] if first is None else list(first[1])
+    return set(columns)
 
 
 def table_rows(path: Path, columns: Collection[str]) -> Rows:
