@@ -80,8 +80,7 @@ def size_of(png: bytes) -> tuple[int, int]:
 def test_a_png_is_a_png_of_a_sensible_size(tmp_path: Path, layers: int, slots: int) -> None:
     pytest.importorskip("matplotlib")
     values = [[(k + layer) % 7 / 7 for k in range(slots - layer % 2)] for layer in range(layers)]
-    options = panel(values, slots)  # type: ignore[arg-type]
-    heatmap_png(tmp_path / "new" / "gates.png", options.pop("values"), **options)
+    heatmap_png(tmp_path / "new" / "gates.png", [panel(values, slots)])  # type: ignore[arg-type]
     width, height = size_of((tmp_path / "new" / "gates.png").read_bytes())
     assert 500 <= width <= 3000 and 250 <= height <= 3000
 
@@ -89,16 +88,14 @@ def test_a_png_is_a_png_of_a_sensible_size(tmp_path: Path, layers: int, slots: i
 def test_the_same_values_give_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("a.png", "b.png"):
-        options = panel([[0.1, None], [-0.5, 0.9]], 2)
-        heatmap_png(tmp_path / name, options.pop("values"), **options)
+        heatmap_png(tmp_path / name, [panel([[0.1, None], [-0.5, 0.9]], 2)])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_nothing_at_all_and_constants_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, values in {"none": [[None, None]], "same": [[0.5, 0.5]], "nan": [[math.nan, 1.0]]}.items():
-        options = panel(values, 2)
-        heatmap_png(tmp_path / f"{name}.png", options.pop("values"), **options)
+        heatmap_png(tmp_path / f"{name}.png", [panel(values, 2)])
         heatmap_html(tmp_path / f"{name}.html", [panel(values, 2)], title=name)
         Reader((tmp_path / f"{name}.html").read_text())
 
@@ -108,7 +105,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 rows of up to 3 values with 1 row and 2 column labels"):
         heatmap(**options)
     with pytest.raises(ConfigError, match="a label for every row"):
-        heatmap_png(tmp_path / "x.png", options.pop("values"), **options)
+        heatmap_png(tmp_path / "x.png", [options])
     assert not list(tmp_path.iterdir())
 
 
@@ -119,7 +116,7 @@ def test_without_matplotlib_one_line_says_so_and_pages_still_work(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     options = panel([[0.1]], 1)
     with pytest.raises(MissingPackage, match=r"'matplotlib' is not installed; run pip install 'foreword\[plot\]'"):
-        heatmap_png(tmp_path / "x.png", options["values"], **{k: v for k, v in options.items() if k != "values"})
+        heatmap_png(tmp_path / "x.png", [options])
     heatmap_html(tmp_path / "x.html", [options], title="gates")
     assert [path.name for path in tmp_path.iterdir()] == ["x.html"]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from foreword.gates import masked_mean
 from foreword.prefix import Head
 
 __all__ = ["HeadModule", "kept_shares", "pooled"]
@@ -51,9 +52,7 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """
     if pooling == "cls":
         return hidden[:, 0]
-    weights = mask.to(hidden.device, hidden.dtype)
-    weights = weights / weights.sum(1, keepdim=True)
-    return (weights[:, None] @ hidden)[:, 0]
+    return masked_mean(hidden, mask)[:, 0]
 
 
 def kept_shares(rows: Sequence[int], vectors: Sequence[int], hidden: int, dropout: float, seed: int) -> Tensor:

@@ -10,14 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foreword.errors import ConfigError, PrefixFormatError
 from foreword.gates import GateOptions, Gates
-from foreword.prefix import Prefix, Site, Sites, SiteShape, SiteTensors
+from foreword.prefix import Prefix, Site, Sites, SiteShape, SiteTensors, group_sites
 
 __all__ = ["DirectPrefix", "MLPPrefix", "PrefixModule", "parametrize"]
 
@@ -73,13 +73,6 @@ class PrefixModule(nn.Module, ABC):
         return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
 
-class _Group(NamedTuple):
-    """Sites of one stack with tensors of the same shapes, kept as one stack of tensors."""
-
-    name: str
-    sites: list[Site]
-
-
 class DirectPrefix(PrefixModule):
     """Keys and values as parameters: one stacked tensor `[layers, kv_heads, prefix, dim]` each per group of like sites.
 
@@ -101,7 +94,8 @@ class DirectPrefix(PrefixModule):
                 f"the first slot is frozen in a prefix of length {min(prefix.lengths.values())}",
                 "at least 2 slots at every site", "choose a greater length or leave the first slot free",
             )  # fmt: skip
-        self.groups = _groups(prefix.sites)
+        of = prefix.sites
+        self.groups = group_sites(of, lambda site: (of[site].shape, of[site].length, of[site].log_mass is None))
         for name, sites in self.groups:
             tensors = [prefix.sites[site] for site in sites]
             for part, stacked in (
@@ -250,19 +244,6 @@ def _unflatten(
         keys, values = (next(parts).reshape(len(flat), shape.kv_heads, -1).transpose(0, 1) for _ in range(2))
         made[site] = SiteTensors(keys, values, mass)
     return made
-
-
-def _groups(sites: Sites) -> list[_Group]:
-    """Sites of one stack whose tensors have the same shapes, under a name: the stack's, numbered from the second."""
-    groups: dict[tuple[object, ...], _Group] = {}
-    counts: dict[str, int] = {}
-    for site, tensors in sites.items():
-        like = (site.stack, tensors.shape, tensors.length, tensors.log_mass is None)
-        if like not in groups:
-            number = counts[site.stack] = counts.get(site.stack, 0) + 1
-            groups[like] = _Group(site.stack if number == 1 else f"{site.stack}{number}", [])
-        groups[like].sites.append(site)
-    return list(groups.values())
 
 
 def _register_masses(module: nn.Module, name: str, tensors: Sequence[SiteTensors]) -> None:

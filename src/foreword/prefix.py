@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +33,9 @@ __all__ = [
     "SiteShape",
     "SiteTensors",
     "Sites",
+    "SiteGroup",
     "compact",
+    "group_sites",
     "merge_attention",
     "prefix_attention",
 ]
@@ -56,6 +58,29 @@ class Site(NamedTuple):
     def parse(cls, name: str) -> Site:
         stack, _, layer = name.rpartition(".")
         return cls(stack, int(layer))
+
+
+class SiteGroup(NamedTuple):
+    """Sites of one stack that are alike, so that their tensors can be stacked; the name is the stack's."""
+
+    name: str
+    sites: list[Site]
+
+
+def group_sites(sites: Iterable[Site], like: Callable[[Site], object]) -> list[SiteGroup]:
+    """Sites of one stack that are `like` each other, in order; the name of a stack's second group ends in 2.
+
+    >>> [group.name for group in group_sites([Site("decoder", k) for k in range(3)], lambda site: site.layer > 1)]
+    ['decoder', 'decoder2']
+    """
+    groups: dict[tuple[str, object], SiteGroup] = {}
+    for site in sites:
+        key = site.stack, like(site)
+        if key not in groups:
+            number = 1 + sum(stack == site.stack for stack, _ in groups)
+            groups[key] = SiteGroup(site.stack if number == 1 else f"{site.stack}{number}", [])
+        groups[key].sites.append(site)
+    return list(groups.values())
 
 
 class SiteShape(NamedTuple):

@@ -28,6 +28,7 @@ from foreword.data import Rows
 from foreword.errors import ConfigError, DataError, PrefixError
 from foreword.evaluate import objective_for
 from foreword.frozen import frozen_training
+from foreword.gates import masked_mean
 from foreword.objectives import HeadOptions, Objective, objective_of
 from foreword.prefix import Prefix, Site, SiteTensors
 from foreword.runs import is_run, provenance
@@ -249,7 +250,7 @@ def fold_gates(prefix: Prefix, means: Mapping[Site, Tensor]) -> Prefix:
 
 
 def draw(found: Probe, folder: str | Path) -> None:
-    """Write the heat maps, layers × slots: all of them as `heatmap.html`, the gates (else importance) as `heatmap.png`.
+    """Write the heat maps, layers × slots, as `heatmap.html` and as `heatmap.png`.
 
     Raises `MissingPackage` where the image cannot be drawn; the page is then written all the same.
     """
@@ -258,8 +259,7 @@ def draw(found: Probe, folder: str | Path) -> None:
     title = f"{found.task} {found.split}, {found.rows} rows, {found.base}"
     maps = _maps(found)
     heatmap_html(Path(folder) / "heatmap.html", maps, title=title, lines=[*found.agreements(), *found.warnings()])
-    first = {name: value for name, value in maps[0].items() if name not in ("title", "details")}
-    heatmap_png(Path(folder) / "heatmap.png", **first, title=f"{maps[0]['title']}: {title}")
+    heatmap_png(Path(folder) / "heatmap.png", maps, title=title)
 
 
 def saved_probe(
@@ -363,9 +363,7 @@ def _row_mean(alpha: Tensor, mask: Tensor | None) -> Tensor:
     alpha = alpha.float()
     if mask is None or mask.shape != alpha.shape[:2]:  # one gate for each text, or a single text without padding
         return alpha.mean((0, 1)).cpu()
-    weight = mask.to(alpha)
-    weight = weight / weight.sum(1, keepdim=True)
-    return (weight[:, None] @ alpha)[:, 0].mean(0).cpu()
+    return masked_mean(alpha, mask)[:, 0].mean(0).cpu()
 
 
 # What gates are worth

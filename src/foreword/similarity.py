@@ -173,10 +173,8 @@ def draw_similarity(found: Similarity, folder: str | Path) -> None:
         profiles,
         heatmap("Slot by slot", found.by_slot, **labels, value_label="cosine of centred patterns", reach=1.0),
     ]))  # fmt: skip
-    heatmap_png(
-        folder / "similarity.png", found.by_layer, title="Layer profiles of the gates", **labels,
-        value_label="Pearson's r", reach=1.0,
-    )  # fmt: skip
+    panel = {"title": "Layer profiles of the gates", "values": found.by_layer, **labels}
+    heatmap_png(folder / "similarity.png", [{**panel, "value_label": "Pearson's r", "reach": 1.0}])
 
 
 def _recorded(prefix: Prefix, name: str) -> dict[Site, list[float]]:

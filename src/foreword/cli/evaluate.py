@@ -88,8 +88,8 @@ def evaluate(
         print_side_by_side(results, show)
         print_scores(results)
     tested = results[len(untouched) :] or results
-    for path, result in zip([place for _, place, _ in prefixes] or [None], tested, strict=True):
-        _save(result, path, split, out)
+    for place, result in enumerate(tested):
+        _save(result, prefixes[place][1] if prefixes else None, split, out)
     emit({"results": [result.to_dict(outputs=False) for result in results], **spread}, as_json)
 
 
