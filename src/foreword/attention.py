@@ -77,9 +77,9 @@ class Attachment:
         return self.bank.call(prefix_ids)
 
     @contextlib.contextmanager
-    def bound(self, sites: Sites) -> Iterator[None]:
-        """Inside, all rows read `sites`, differentiably."""
-        before, self._bound = self._bound, Shared(sites)
+    def bound(self, sites: Sites | Call) -> Iterator[None]:
+        """Inside, all rows read `sites`, differentiably, or every pass reads what a call says."""
+        before, self._bound = self._bound, Shared(sites) if isinstance(sites, dict) else sites
         try:
             yield
         finally:

@@ -7,8 +7,10 @@ own (`PerRow`), or by each token its own (`PerToken`, for packed rows). Index 0 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from foreword.gates import GateInput, gate_of, pool
 from foreword.kernels import Slots
 from foreword.prefix import Geometry, Prefix, Site, Sites, SiteTensors
 
-__all__ = ["NO_PREFIX", "Bank", "Call", "Pass", "PerRow", "PerToken", "Shared"]
+__all__ = [
+    "NO_PREFIX", "AttendingCall", "AttentionOptions", "Bank", "Call", "Pass", "PerRow", "PerToken", "Shared",
+]  # fmt: skip
 
 
 class Call(Protocol):
@@ -32,6 +36,35 @@ class Call(Protocol):
     def reads_prompt(self) -> bool:
         """Whether any of its gates reads the prompt."""
         ...
+
+
+class AttentionOptions(NamedTuple):
+    """What a model asks of its attention at one site, beside the mask."""
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class AttendingCall(ABC):
+    """A call that attends by itself, over keys and values that it keeps from pass to pass (`foreword.engine`)."""
+
+    reads_prompt = False  # no pass has to say what its prompt is
+
+    def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:
+        """Slots stand among the keys that it keeps."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def attend(
+        self, site: Site, query: Tensor, key: Tensor, value: Tensor, hidden: Callable[[], Tensor],
+        options: AttentionOptions,
+    ) -> Tensor:  # fmt: skip
+        """The output `[batch, heads, tokens, value_dim]` for queries `[batch, heads, tokens, key_dim]` of a site.
+
+        `hidden()` is what enters the attention module, `[batch, tokens, hidden]`.
+        """
 
 
 @dataclass(frozen=True)

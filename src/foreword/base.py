@@ -139,6 +139,14 @@ class BaseModel:
         return limit
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        stored = self.model.generation_config
+        ends = None if stored is None else stored.eos_token_id
+        ends = self.model.config.eos_token_id if ends is None else ends
+        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; `ConfigError` if it has none."""
         if self._tokenizer is None:
@@ -252,7 +260,7 @@ class BaseModel:
                 self.model.register_forward_hook(lambda *_: seen[0], prepend=True),
             ]
             try:
-                with self._logits_at(first):
+                with self.logits_at(first):
                     return cast(Tensor, self.model(**batch, **given))
             finally:
                 for handle in handles:
@@ -273,7 +281,7 @@ class BaseModel:
         `batch` is as for `completion_loss`; differentiable in the sites that are read.
         """
         inputs, targets, wanted = self._split_labels(batch)
-        with self.reading(read, len(wanted)) as given, self._logits_at(wanted):
+        with self.reading(read, len(wanted)) as given, self.logits_at(wanted):
             logits = self.model(**inputs, **given)["logits"].flatten(0, -2)
         return logits, targets[wanted], wanted.nonzero()[:, 0]
 
@@ -306,7 +314,7 @@ class BaseModel:
         return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
 
     @contextlib.contextmanager
-    def _logits_at(self, wanted: Tensor) -> Iterator[None]:
+    def logits_at(self, wanted: Tensor) -> Iterator[None]:
         """Inside, the head is computed at the wanted positions alone: `[1, wanted, vocab]`."""
 
         def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from foreword.bank import Pass
+from foreword.bank import AttendingCall, AttentionOptions, Pass
 from foreword.errors import PrefixError, UnsupportedModel
 from foreword.gates import GateInput
 from foreword.kernels import Slots, attend
@@ -46,6 +46,13 @@ class Binding:
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.hidden = args[0] if args else kwargs["hidden_states"]
 
+    def next(self) -> tuple[Site, Tensor | Callable[[], Tensor] | None]:
+        """The site of this turn, and what enters it."""
+        site = self.sites[self.turn % len(self.sites)]
+        self.turn += 1
+        hidden, self.hidden = self.hidden, None
+        return site, hidden
+
     def slots(
         self,
         query: Tensor,
@@ -56,9 +63,7 @@ class Binding:
     ) -> Slots | None:
         """The slots that the module reads in this turn, None for none; what is to be recorded is recorded."""
         attachment = self.attachment
-        site = self.sites[self.turn % len(self.sites)]
-        self.turn += 1
-        hidden, self.hidden = self.hidden, None
+        site, hidden = self.next()
         if attachment.recorded is not None:
             attachment.recorded[site] = (key.detach(), value.detach())
             if isinstance(hidden, Tensor):
@@ -131,6 +136,14 @@ def _forward(
         )
     if gate_hidden is not None:
         binding.hidden = gate_hidden
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = binding.attachment.resolve(prefix_ids).call
+    if isinstance(call, AttendingCall):
+        site, hidden = binding.next()
+        options = AttentionOptions(scaling, kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux"))
+        out = call.attend(site, query, key, value, functools.partial(_found, hidden, site), options)
+        return out.transpose(1, 2).contiguous(), None
     slots = binding.slots(query, key, value, attention_mask, prefix_ids)
     if slots is None:
         return cast(
@@ -139,13 +152,12 @@ def _forward(
         )
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    scaling = kwargs.get("scaling")
     out = attend(
         query,
         key,
         value,
         slots,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
         mask=attention_mask,
         is_causal=bool(is_causal) and not eager,
         position_bias=kwargs.get("position_bias"),

@@ -1,0 +1,183 @@
+"""An engine in a thread of its own, for callers in other threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from foreword.base import BaseModel
+from foreword.engine.engine import Engine, EngineOptions
+from foreword.engine.request import Event, Finished, Request
+from foreword.engine.tiers import BankStats, PrefixSource, Resident
+from foreword.errors import EngineStopped
+from foreword.frozen import frozen_training
+
+__all__ = ["EngineRunner", "EngineStats", "Ticket"]
+
+_LOG = logging.getLogger(__name__)
+
+Listener = Callable[[Event], None]
+
+_REST_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has to do now, and what it has done since its start."""
+
+    running: int
+    waiting: int
+    tokens_read: int
+    tokens_written: int
+    cache_bytes: int
+    bank: BankStats
+
+
+class Ticket:
+    """A request that was handed in."""
+
+    def __init__(self, request: Request, listener: Listener, wake: Callable[[], None]) -> None:
+        self.request, self.listener, self.cancelled = request, listener, False
+        self._wake = wake
+
+    def cancel(self) -> None:
+        """End the request; its last event tells so, unless it has ended by itself."""
+        self.cancelled = True
+        self._wake()
+
+
+class EngineRunner:
+    """Steps an engine as long as there is work. All methods may be called from any thread.
+
+    >>> import foreword as fw
+    >>> base = fw.BaseModel.load("smollm2-135m")  # doctest: +SKIP
+    >>> runner = EngineRunner(base, source)  # doctest: +SKIP
+    >>> runner.start(); runner.submit(Request((1, 2), 8), print)  # doctest: +SKIP
+    """
+
+    def __init__(self, base: BaseModel, source: PrefixSource, options: EngineOptions | None = None) -> None:
+        self._changed = threading.Condition()
+        self._awake = False
+        self.engine = Engine(base, source, options, on_change=self._wake)
+        self._inbox: deque[Ticket] = deque()
+        self._tickets: dict[int, Ticket] = {}
+        self._stop_at: float | None = None
+        self._thread = threading.Thread(target=self._run, name="foreword-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._stop_at is not None
+
+    def submit(self, request: Request, listener: Listener) -> Ticket:
+        """Hand in a request. `listener` gets its events, in the engine's thread, `Finished` last and exactly once.
+
+        Raises `ConfigError` for a request that can never run, `QueueFull`, and `EngineStopped`.
+        """
+        if self.stopping or not self._thread.is_alive():
+            raise EngineStopped("the engine has stopped", "a running one", "try another server")
+        self.engine.validate(request)
+        self.engine.check_room(len(self._inbox))
+        ticket = Ticket(request, listener, self._wake)
+        self._inbox.append(ticket)
+        self._wake()
+        if not self._thread.is_alive():  # it ended in between and will not look again
+            self._end_tickets("shutdown")
+        return ticket
+
+    def preload(self, prefix: str) -> Future[Resident]:
+        """Bring a prefix into memory."""
+        return self.engine.bank.fetch(prefix)
+
+    def evict(self, prefix: str) -> None:
+        """Forget a prefix in every tier; sequences that run have a copy of their own."""
+        self.engine.bank.evict(prefix)
+
+    def stats(self) -> EngineStats:
+        """What there is to do, and what was done."""
+        engine = self.engine
+        return EngineStats(
+            len(engine.rows), len(engine.waiting) + len(self._inbox), engine.tokens_read, engine.tokens_written,
+            engine.cache.num_bytes, engine.bank.stats(),
+        )  # fmt: skip
+
+    def stop(self, grace_seconds: float = 30.0) -> None:
+        """Take no more requests, finish what is there within the grace, end the rest, and wait for the thread."""
+        self._stop_at = time.monotonic() + grace_seconds
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._end_tickets("shutdown")
+        self.engine.bank.close()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._awake = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with frozen_training(self.engine.base.model):
+            while self._stop_at is None or (self._has_work() and time.monotonic() < self._stop_at):
+                try:
+                    self._take_in()
+                    self._tell(self.engine.step())
+                except Exception as error:
+                    _LOG.exception("the engine failed; everything it had is ended")
+                    self._tell(self.engine.end_all("error", f"the engine failed ({type(error).__name__})"))
+                self._rest()
+            self._tell(self.engine.end_all("shutdown"))
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or self.engine.has_work
+
+    def _take_in(self) -> None:
+        """What has come in since the last step, and what was cancelled."""
+        while self._inbox:
+            ticket = self._inbox.popleft()
+            self._tickets[self.engine.submit(ticket.request)] = ticket
+        for number, ticket in self._tickets.items():
+            if ticket.cancelled:
+                self.engine.cancel(number)
+
+    def _rest(self) -> None:
+        """Wait until there is something to do; for deadlines of what waits for its prefix, not too long."""
+        with self._changed:
+            if not self._awake and not self.engine.runnable and (self.engine.has_work or not self.stopping):
+                self._changed.wait(_REST_SECONDS if self.engine.has_work else None)
+            self._awake = False
+
+    def _tell(self, events: list[tuple[int, Event]]) -> None:
+        for number, event in events:
+            ticket = self._tickets[number]
+            if isinstance(event, Finished):
+                del self._tickets[number]
+            _tell(ticket, event)
+
+    def _end_tickets(self, reason: str) -> None:
+        """Tell those whose requests no step will see any more."""
+        while self._inbox:
+            _tell(self._inbox.popleft(), Finished(reason))
+        while self._tickets:
+            _tell(self._tickets.popitem()[1], Finished(reason))
+
+
+def _tell(ticket: Ticket, event: Event) -> None:
+    try:
+        ticket.listener(event)
+    except Exception:
+        _LOG.exception("a listener failed; its request is cancelled")
+        ticket.cancel()
