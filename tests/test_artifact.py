@@ -21,13 +21,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from foreword import artifact
 from foreword.artifact import HEADER, TENSORS, load_prefix, read_header, save_prefix
 from foreword.errors import PrefixFormatError, PrefixMismatch, StorageError
-from foreword.header import dump_header, parse_header
+from foreword.header import dump_header, parse_header, refuse_disguise
 from foreword.prefix import Gate, Head, Prefix, Site, SiteTensors
 
 BLANK = "0" * 64
@@ -376,6 +376,16 @@ def changed(change: Callable[[dict[str, Tensor]], None]) -> bytes:
 class Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "tensors.safetensors"
+    data = save({"keys": torch.ones(2)})
+    text = data[8 : 8 + int.from_bytes(data[:8], "little")].rstrip().ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + text + data[-8:])
+    refuse_disguise(path.read_bytes(), path)
+    assert load_file(path)["keys"].tolist() == [1.0, 1.0]
 
 
 TENSOR_FILES: dict[str, tuple[Callable[[], bytes], str]] = {

@@ -249,9 +249,14 @@ def expected_tensors(
     return expected
 
 
+_PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+
+
 def refuse_disguise(data: bytes, file: Path) -> None:
     """Raise `PrefixFormatError` for a pickle or a zip file, whatever it is called."""
-    if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    # Two bytes of a pickle may also be the length of a safetensors header: then its other bytes and a brace follow.
+    begins_as_safetensors = data[4:9] == b"\0\0\0\0{"
+    if data.startswith((b"PK\x03\x04", *_PICKLES)) and not begins_as_safetensors:
         raise PrefixFormatError(
             f"{file} is a pickle or zip file", "a safetensors file", "do not load it: a pickle can run code"
         )
