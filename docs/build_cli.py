@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ Every command takes `--json`, which prints the result as one JSON line, the last
 
 def page() -> str:
     """The whole page."""
-    group: Any = typer.main.get_command(app)
-    return HEAD + "".join(section(name, command) for name, command in group.commands.items())
+    return HEAD + "".join(section(name, command) for name, command in commands(typer.main.get_command(app)))
+
+
+def commands(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """All commands of a group and of the groups in it, by what is typed."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command
 
 
 def section(name: str, command: Any) -> str:

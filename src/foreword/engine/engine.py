@@ -135,11 +135,14 @@ class Engine:
             turns = -(-waiting // self.options.max_running)
             raise QueueFull(waiting, turns * self._seconds_each)
 
-    def submit(self, request: Request) -> int:
-        """Let a request wait for its turn; its number. `validate` and `check_room` come first."""
+    def submit(self, request: Request, resident: Future[Resident] | None = None) -> int:
+        """Let a request wait for its turn; its number. `validate` and `check_room` come first.
+
+        `resident` is what `fetch` gave for its prefix, where that was called before.
+        """
         now = self._clock()
         deadline = None if request.deadline_seconds is None else now + request.deadline_seconds
-        sequence = _Sequence(next(self._ids), request, deadline, Chooser(request.sampling), now)
+        sequence = _Sequence(next(self._ids), request, deadline, Chooser(request.sampling), now, resident)
         self._known[sequence.id] = sequence
         self.waiting.push(request.tenant, sequence)
         return sequence.id
@@ -209,7 +212,7 @@ class Engine:
         events: list[tuple[int, Event]] = []
         for sequence in itertools.islice(self.waiting, 2 * self.options.max_running):
             if sequence.resident is None:
-                sequence.resident = self._fetch(sequence.request.prefix)
+                sequence.resident = self.fetch(sequence.request.prefix)
         while len(self.rows) < self.options.max_running:
             taken = self.waiting.pop(lambda sequence: sequence.resident is not None and sequence.resident.done())
             if taken is None:
@@ -225,7 +228,8 @@ class Engine:
                 events.append(self._end(sequence, "error", f"its prefix could not be read ({type(error).__name__})"))
         return events
 
-    def _fetch(self, prefix: str | None) -> Future[Resident]:
+    def fetch(self, prefix: str | None) -> Future[Resident]:
+        """Begin to bring a prefix to the device; may be called from any thread."""
         if prefix is not None:
             return self.bank.fetch(prefix)
         nothing: Future[Resident] = Future()

@@ -43,6 +43,7 @@ class Ticket:
 
     def __init__(self, request: Request, listener: Listener, wake: Callable[[], None]) -> None:
         self.request, self.listener, self.cancelled = request, listener, False
+        self.resident: Future[Resident] | None = None
         self._wake = wake
 
     def cancel(self) -> None:
@@ -93,6 +94,10 @@ class EngineRunner:
         self.engine.validate(request)
         self.engine.check_room(len(self._inbox))
         ticket = Ticket(request, listener, self._wake)
+        if (
+            len(self.engine.waiting) + len(self._inbox) < self.engine.options.max_running
+        ):  # its turn is near: load while the step goes on
+            ticket.resident = self.engine.fetch(request.prefix)
         self._inbox.append(ticket)
         self._wake()
         if not self._thread.is_alive():  # it ended in between and will not look again
@@ -148,7 +153,7 @@ class EngineRunner:
         """What has come in since the last step, and what was cancelled."""
         while self._inbox:
             ticket = self._inbox.popleft()
-            self._tickets[self.engine.submit(ticket.request)] = ticket
+            self._tickets[self.engine.submit(ticket.request, ticket.resident)] = ticket
         for number, ticket in self._tickets.items():
             if ticket.cancelled:
                 self.engine.cancel(number)
