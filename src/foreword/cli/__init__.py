@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from foreword.cli import (
+    bench,
     check,
     compare,
     demo,
@@ -23,6 +24,7 @@ from foreword.cli import (
     probe,
     prune,
     similarity,
+    store,
     train,
 )
 from foreword.cli.console import note
@@ -67,6 +69,8 @@ app.command("similarity")(similarity.similarity)
 app.command("check")(check.check)
 app.command("models")(models.models)
 app.command("demo")(demo.demo)
+app.add_typer(store.store, name="store")
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:
