@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from foreword.attention import Attachment, attachment_of, check_prefix
 from foreword.errors import ConfigError, DataError, ModelNotFound, UnsupportedModel
-from foreword.families import Family, family_of
+from foreword.families import Family, family_of, position_limit
 from foreword.fingerprint import fingerprint
 from foreword.loss import completion_nats
 from foreword.packaged import ensure_packaged, packaged_models
@@ -132,11 +132,7 @@ class BaseModel:
         """Tokens of context; a prefix uses up none of them. None where positions are relative."""
         if self.family.positions == "relative":
             return None
-        config = self.model.config
-        limit = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
-        if limit is not None and "roberta" in config.model_type:
-            limit -= config.pad_token_id + 1
-        return limit
+        return position_limit(self.model.config)
 
     @property
     def end_tokens(self) -> frozenset[int]:

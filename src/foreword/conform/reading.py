@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foreword.conform.subject import Checks, Inputs, NotApplicable, Subject, rows
+from foreword.families import position_limit
 from foreword.prefix import Site, Sites, SiteTensors
 
 __all__ = ["empty_prefix", "full_context", "mixed_batch", "padding_and_packing", "sliding_window", "text_as_prefix"]
@@ -253,7 +254,7 @@ def full_context(subject: Subject, checks: Checks) -> None:
     inputs: dict[str, Any]
     if subject.family.positions == "relative":
         raise NotApplicable("its positions are relative and have no limit")
-    limit = _limit(subject.config)
+    limit = position_limit(subject.config)
     if subject.reads_text or subject.kind == "encoder-decoder":
         if limit is None:
             raise NotApplicable("its configuration names no limit")
@@ -280,11 +281,3 @@ def full_context(subject: Subject, checks: Checks) -> None:
                 checks.equal(f"what enters the {stack}", after, before, exact=True)
         else:  # the decoder is also given what the encoder made of its prefix
             checks.equal(f"what enters the {stack}", prefixed[stack][0], tensors[0], exact=True)
-
-
-def _limit(config: Any) -> int | None:
-    """Tokens that fit the model's table of positions."""
-    limit = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
-    if limit is not None and "roberta" in config.model_type:
-        limit -= config.pad_token_id + 1
-    return limit

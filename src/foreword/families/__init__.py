@@ -17,7 +17,7 @@ from foreword.errors import UnsupportedModel
 from foreword.families.deberta import Attend, adapted_forward
 from foreword.prefix import Site
 
-__all__ = ["FAMILIES", "Family", "adapter_of", "family_of", "find_sites"]
+__all__ = ["FAMILIES", "Family", "adapter_of", "family_of", "find_sites", "position_limit"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,16 @@ def family_of(config: PretrainedConfig) -> Family:
 def adapter_of(family: Family) -> Callable[[nn.Module, Attend], Callable[..., Any]] | None:
     """The adapted forward of a family's attention modules, None where the attention interface serves."""
     return adapted_forward if family.own_adapter else None
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """How many tokens fit a model's table of positions; None where its configuration names no limit."""
+    limit: int | None = getattr(config, "max_target_positions", None) or getattr(
+        config, "max_position_embeddings", None
+    )
+    if limit is not None and "roberta" in config.model_type:
+        limit -= config.pad_token_id + 1  # their positions begin behind the padding's
+    return limit
 
 
 def find_sites(model: nn.Module, family: Family) -> Iterator[tuple[Site, nn.Module]]:
