@@ -20,7 +20,7 @@ from foreword.base import BaseModel
 from foreword.engine import Engine, EngineOptions, Event, Finished, Request, Sampling, Token
 from foreword.engine.attention import attend_rows
 from foreword.engine.tiers import Resident
-from foreword.errors import ConfigError, QueueFull, UnsupportedModel
+from foreword.errors import ConfigError, EngineStopped, QueueFull, UnsupportedModel
 from foreword.prefix import Prefix, prefix_attention
 
 
@@ -424,3 +424,196 @@ def test_penalties_biases_and_logprobs() -> None:
 def test_residents_know_their_size() -> None:
     prefix: Prefix = prefixes_for(tiny_base("llama"), 2)["p1"]
     assert Resident(prefix.sites, 0, False).num_bytes == prefix.num_bytes
+
+
+# What a reading of the code found
+
+
+def test_a_growth_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama", max_position_embeddings=400)
+    engine = engine_for(base, Source({}))
+    first = engine.submit(Request(prompt(1, 3), 4))
+    assert written(drain(engine)[first]) == alone(base, Request(prompt(1, 3), 4), None)
+    zeros, calls = torch.zeros, iter(range(100))
+
+    def out_of_memory(*shape: Any, **options: Any) -> torch.Tensor:
+        if len(shape) == 1 and len(shape[0]) == 4 and shape[0][2] > 64 and next(calls) == 2:
+            raise MemoryError
+        return zeros(*shape, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foreword.engine.cache.torch.zeros", out_of_memory)
+        failed = engine.submit(Request(prompt(1, 90), 3))
+        assert drain(engine)[failed][-1] == Finished("error", "the step failed (MemoryError)")
+    again = Request(prompt(1, 90), 3)
+    number = engine.submit(again)
+    assert written(drain(engine)[number]) == alone(base, again, None)
+
+
+def test_rows_keep_what_they_hold_when_the_cache_grows() -> None:
+    base = tiny_base("llama", max_position_embeddings=400)
+    prefixes = prefixes_for(base, 6, gates=True)
+    engine = engine_for(base, Source(prefixes), prefill_tokens=40)
+    requests = {}
+    for number, key in enumerate([*prefixes, None, *prefixes]):
+        length, new = 5 + 37 * number % 230, 30 + 11 * number % 90
+        request = Request(prompt(number, length), new, key, stop_tokens=base.end_tokens)
+        requests[engine.submit(request)] = request
+    found = drain(engine)
+    for number, request in requests.items():
+        assert written(found[number]) == alone(base, request, prefixes.get(request.prefix or ""))
+    assert engine.cache.positions > 256
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prefixes_in_the_convention_of_peft_shift_positions(name: str) -> None:
+    """Also a mass and a gate at one site, and a site without slots."""
+    base = tiny_base(name)
+    made = prefixes_for(base, 3, gates=True)["p2"]
+    sites = {site: t._replace(log_mass=torch.randn(t.length)) for site, t in made.sites.items()}
+    last = list(sites)[-1]
+    empty = sites[last]._replace(
+        keys=sites[last].keys[:, :0], values=sites[last].values[:, :0], log_mass=None, gate=None
+    )
+    prefixes = {
+        "offset": replace(made, sites=sites, position_offset=4),
+        "empty": replace(made, sites={**sites, last: empty}),
+    }
+    engine = engine_for(base, Source(prefixes))
+    numbers = {key: engine.submit(Request(prompt(3, 8), 10, key)) for key in [*prefixes, None]}
+    found = drain(engine)
+    for key, number in numbers.items():
+        assert written(found[number]) == alone(base, Request(prompt(3, 8), 10), prefixes.get(key or ""))
+
+
+def test_learned_positions_end_where_the_table_ends() -> None:
+    base = tiny_base("gpt2")
+    shifted = replace(prefixes_for(base, 1)["p0"], position_offset=4)
+    engine = engine_for(base, Source({"p0": shifted}))
+    number = engine.submit(Request(prompt(1, 50), 12, "p0"))
+    (event,) = drain(engine)[number]
+    assert event.reason == "error" and "66 positions with those of the prefix" in event.message  # type: ignore[union-attr]
+
+
+def test_a_prefix_that_is_longer_than_a_prompt_may_be_is_refused() -> None:
+    base = tiny_base("llama")
+    prefix = prefixes_for(base, 1)["p0"]
+    long = {
+        site: t._replace(keys=t.keys.repeat(1, 60, 1), values=t.values.repeat(1, 60, 1))
+        for site, t in prefix.sites.items()
+    }
+    engine = engine_for(base, Source({"long": replace(prefix, sites=long)}))
+    number = engine.submit(Request(prompt(1, 3), 3, "long"))
+    (event,) = drain(engine)[number]
+    assert "a prefix of 120 slots; expected at most 64" in event.message  # type: ignore[union-attr]
+    assert engine.cache.positions == 0
+
+
+def test_what_a_step_has_told_is_not_lost_when_it_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_for(tiny_base("llama"), Source({}))
+    first, second = (engine.submit(Request(prompt(1, 3), 9)) for _ in range(2))
+    engine.step()
+    engine.cancel(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_pieces", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    found = dict(engine.end_all("error"))
+    assert found == {first: Finished("cancelled"), second: Finished("error")}
+
+
+def test_retry_after_is_how_long_requests_run_not_how_long_they_wait() -> None:
+    clock = Clock()
+    engine = Engine(tiny_base("llama"), Source({}), EngineOptions(max_running=1, max_waiting=20), clock=clock)
+    for _ in range(20):
+        engine.submit(Request((5,), 2))
+    while len(engine.waiting) > 10:
+        clock.now += 0.5  # a step; two for each request
+        engine.step()
+    for _ in range(10):
+        engine.submit(Request((5,), 2))
+    with pytest.raises(QueueFull) as caught:
+        engine.check_room()
+    assert 5 <= caught.value.retry_after_seconds <= 40
+
+
+def test_options_that_leave_no_chance_end_their_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    engine = engine_for(base, Source({}))
+    odd = engine.submit(Request(prompt(1, 3), 4, sampling=Sampling(temperature=1.0)))
+    plain = engine.submit(Request(prompt(1, 3), 4))
+    monkeypatch.setattr("foreword.engine.sampling.Chooser._chances", lambda self, logits: logits * math.nan)
+    found = drain(engine)
+    assert found[odd][-1] == Finished("error", "its logits are not finite")
+    assert written(found[plain]) == alone(base, Request(prompt(1, 3), 4), None)
+    with pytest.raises(ConfigError, match="logit_bias 1e\\+39; expected -1000 to 1000"):
+        Sampling(logit_bias={1: 1e39})
+    with pytest.raises(ConfigError, match="seed 1.5"):
+        Sampling(seed=1.5)  # type: ignore[arg-type]
+
+
+def test_nobody_saves_up_service_behind_a_long_request() -> None:
+    from foreword.engine.queue import FairQueue
+
+    queue: FairQueue[str] = FairQueue()
+    queue.push("long", "x")
+    assert queue.pop(lambda _: True) == ("long", "x")
+    queue.charge("long", 10)
+    for turn in range(100):
+        queue.push("busy", f"b{turn}")
+        assert queue.pop(lambda _: True) == ("busy", f"b{turn}")
+        queue.charge("busy", 1000)
+        queue.end("busy")
+        queue.push("busy", "next") if turn == 99 else None
+    for turn in range(20):
+        queue.push("long", f"l{turn}")
+        queue.push("new", f"n{turn}")
+    taken = []
+    for _ in range(9):
+        found = queue.pop(lambda _: True)
+        assert found is not None
+        taken.append(found[0])
+        queue.charge(found[0], 1000)
+    assert "busy" in taken[:3], "who had been away is served before all others"
+
+
+def test_a_prompt_that_is_being_read_is_not_overtaken_for_ever() -> None:
+    base = tiny_base("llama")
+    engine = engine_for(base, Source({}), max_running=3, prefill_tokens=8, max_waiting=500)
+    early = [engine.submit(Request(prompt(k, 8), 1)) for k in range(3)]
+    events: dict[int, list[Event]] = {}
+    for _ in range(12):
+        engine.submit(Request(prompt(9, 8), 1))
+        for number, event in engine.step():
+            events.setdefault(number, []).append(event)
+        engine.check()
+    assert all(number in events for number in early)
+
+
+def test_who_waits_for_a_load_does_not_keep_the_engine_busy() -> None:
+    base, gate = tiny_base("llama"), threading.Event()
+    source = Source(prefixes_for(base, 1))
+    source.before = lambda key: (gate.wait(10), None)[1]
+    engine = engine_for(base, source, max_running=1)
+    for _ in range(6):
+        engine.submit(Request(prompt(1, 3), 2, "p0"))
+    engine.step()
+    assert engine.has_work and not engine.runnable
+    gate.set()
+    drain(engine)
+
+
+def test_loads_can_be_cancelled_by_nobody_and_end_when_the_bank_closes() -> None:
+    base, gate = tiny_base("llama"), threading.Event()
+    source = Source(prefixes_for(base, 6))
+    source.before = lambda key: (gate.wait(10), None)[1]
+    engine = engine_for(base, source)
+    futures = [engine.bank.fetch(f"p{k}") for k in range(6)]
+    assert not futures[0].cancel()
+    engine.bank.close()
+    for future in futures:
+        with pytest.raises(EngineStopped):
+            future.result(5)
+    with pytest.raises(EngineStopped):
+        engine.bank.fetch("p0")
+    gate.set()

@@ -156,6 +156,21 @@ def test_an_engine_that_fails_outside_of_a_pass_tells_all_and_goes_on(
     runner.engine.check()
 
 
+def test_an_engine_that_cannot_end_what_it_has_begins_anew(
+    runner: EngineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inboxes = [Inbox() for _ in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.engine, "_pieces", lambda: 1 / 0)
+        patch.setattr(runner.engine, "_release", lambda row: 1 / 0)
+        for inbox in inboxes:
+            runner.submit(Request(prompt(1, 3), 5), inbox)
+        assert [inbox.reason() for inbox in inboxes] == ["error"] * 3
+    again = Inbox()
+    runner.submit(Request(prompt(1, 3), 5), again)
+    assert written(again.wait()) == alone(tiny_base("llama"), Request(prompt(1, 3), 5), None)
+
+
 def test_deadlines_end_what_waits_for_its_prefix() -> None:
     base, gate = tiny_base("llama"), threading.Event()
     source = Source(prefixes_for(base, 1))

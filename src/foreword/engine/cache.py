@@ -6,6 +6,8 @@ is overwritten with zeros when it is given back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,15 +77,19 @@ class SlotCache:
         """Make room for so many positions in every row; what is there stays."""
         if positions <= self.positions:
             return
-        wanted = -(-max(positions, 2 * self.positions) // _STEP) * _STEP
-        self.positions = max(positions, min(wanted, self.longest))
+        wanted = max(positions, min(2 * self.positions, self.longest))
+        wanted = -(-wanted // _STEP) * _STEP
+        grown: list[dict[Site, Tensor]] = []
         for part in (self.keys, self.values):
+            grown.append({})
             for site, before in part.items():
-                shape = (*before.shape[:2], self.positions, before.shape[3])
-                part[site] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                shape = (*before.shape[:2], wanted, before.shape[3])
+                grown[-1][site] = torch.zeros(shape, dtype=self.dtype, device=self.device)
                 for row in range(self.used):
                     held = self.held(site, row)
-                    part[site][row, :, :held] = before[row, :, :held]
+                    grown[-1][site][row, :, :held] = before[row, :, :held]
+        # Only when all is there: where memory runs out, what was there before stays as it was.
+        (self.keys, self.values), self.positions = grown, wanted
 
     def held(self, site: Site, row: int) -> int:
         """Positions of a row that hold something at a site."""
@@ -111,6 +117,19 @@ class SlotCache:
         self.texts[target] = self.texts[source]
         self.masses[target], self.poolings[target] = self.masses[source], self.poolings[source]
         self._wipe(source)
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        for site in self.keys:
+            held = max(self.held(site, one), self.held(site, other))
+            tensors = [part[site][:, :, :held] for part in (self.keys, self.values)]
+            for tensor in [*tensors, *([self.weights[site]] if site in self.weights else [])]:
+                tensor[[one, other]] = tensor[[other, one]]
+            slots = self.slots[site]
+            slots[one], slots[other] = slots[other], slots[one]
+        lists: tuple[list[Any], ...] = (self.texts, self.masses, self.poolings)
+        for each in lists:
+            each[one], each[other] = each[other], each[one]
 
     def check(self) -> None:
         """Raise `AssertionError` unless all that no row holds is zero, and counts fit; for tests."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ from foreword.engine.queue import FairQueue
 from foreword.engine.request import Event, Finished, Request, Token
 from foreword.engine.sampling import Chooser, choose
 from foreword.engine.tiers import PrefixBank, PrefixSource, Resident
-from foreword.errors import ConfigError, ForewordError, QueueFull
+from foreword.errors import ConfigError, ForewordError, PrefixMismatch, QueueFull
 from foreword.prefix import Prefix
 
 __all__ = ["Engine", "EngineOptions"]
@@ -64,7 +64,8 @@ class _Sequence:
     request: Request
     deadline: float | None
     chooser: Chooser
-    started: float
+    turn: int = 0  # the how manieth that was given a row
+    began: float = 0.0
     resident: Future[Resident] | None = None
     row: int = -1
     offset: int = 0
@@ -100,17 +101,13 @@ class Engine:
         self.base, self._clock = base, clock
         known = base.max_tokens
         self.max_tokens = min(filter(None, (options.max_tokens or 4096, known)))
-        self.cache = SlotCache(base.geometry, options.max_running, self.max_tokens, base.dtype, base.device)
+        self.reset()
         self.bank = PrefixBank(
             source, self._prepare, device_bytes=options.bank_bytes,
             host_bytes=0 if base.device.type == "cpu" else options.host_bytes, on_change=on_change,
         )  # fmt: skip
-        self.waiting: FairQueue[_Sequence] = FairQueue()
-        self.rows: list[_Sequence] = []  # by row
-        self.writing = 0  # the first rows
         self.tokens_read = self.tokens_written = 0
-        self._known: dict[int, _Sequence] = {}
-        self._ids = itertools.count()
+        self._ids, self._turns = itertools.count(), itertools.count()
         self._seconds_each = 1.0  # how long a request runs, lately
         self._vocab = base.model.get_input_embeddings().num_embeddings
 
@@ -135,14 +132,14 @@ class Engine:
             turns = -(-waiting // self.options.max_running)
             raise QueueFull(waiting, turns * self._seconds_each)
 
-    def submit(self, request: Request, resident: Future[Resident] | None = None) -> int:
+    def submit(self, request: Request, resident: Future[Resident] | None = None, since: float | None = None) -> int:
         """Let a request wait for its turn; its number. `validate` and `check_room` come first.
 
-        `resident` is what `fetch` gave for its prefix, where that was called before.
+        `resident` is what `fetch` gave for its prefix, where that was called before, `since` when the request came.
         """
-        now = self._clock()
-        deadline = None if request.deadline_seconds is None else now + request.deadline_seconds
-        sequence = _Sequence(next(self._ids), request, deadline, Chooser(request.sampling), now, resident)
+        since = self._clock() if since is None else since
+        deadline = None if request.deadline_seconds is None else since + request.deadline_seconds
+        sequence = _Sequence(next(self._ids), request, deadline, Chooser(request.sampling), resident=resident)
         self._known[sequence.id] = sequence
         self.waiting.push(request.tenant, sequence)
         return sequence.id
@@ -161,56 +158,78 @@ class Engine:
     def runnable(self) -> bool:
         """Whether a step would do something now, and not only wait for prefixes to be loaded."""
         return bool(self.rows) or any(
-            sequence.cancelled or sequence.resident is None or sequence.resident.done() for sequence in self.waiting
+            sequence.cancelled or sequence.resident is None or sequence.resident.done() for sequence in self._near()
         )
 
     def end_all(self, reason: str, message: str = "") -> list[tuple[int, Event]]:
-        """End everything that waits or runs."""
-        return [self._end(sequence, reason, message) for sequence in list(self._known.values())]
+        """End everything that waits or runs; all events that were not told yet."""
+        for sequence in list(self._known.values()):
+            self._end(sequence, reason, message)
+        return self._untold()
+
+    def reset(self) -> None:
+        """Forget everything that waits or runs, whatever state it is in."""
+        options, base = self.options, self.base
+        self.cache = SlotCache(base.geometry, options.max_running, self.max_tokens, base.dtype, base.device)
+        self.waiting: FairQueue[_Sequence] = FairQueue()
+        self.rows: list[_Sequence] = []  # by row
+        self.writing = 0  # the first rows
+        self._known: dict[int, _Sequence] = {}
+        self._events: list[tuple[int, Event]] = []
 
     # A step
 
     def step(self) -> list[tuple[int, Event]]:
         """One step; its events by request, in order. `Finished` comes last for each request, exactly once."""
-        events = self._drop_ended()
-        events += self._admit()
+        self._drop_ended()
+        self._admit()
         pieces = self._pieces()
-        if not self.writing and not pieces:
-            return events
-        done = [piece.row for piece in pieces if piece.tokens == self.rows[piece.row].left]
-        asked = [*range(self.writing), *done]
+        if self.writing or pieces:
+            self._pass(pieces)
+        return self._untold()
+
+    def _untold(self) -> list[tuple[int, Event]]:
+        """What has happened; kept until it is asked for, also where a step breaks off."""
+        events, self._events = self._events, []
+        return events
+
+    def _pass(self, pieces: list[Piece]) -> None:
+        """One forward pass, and what its logits mean."""
+        done = [self.rows[piece.row] for piece in pieces if piece.tokens == self.rows[piece.row].left]
+        writers = [*self.rows[: self.writing], *done]
         try:
-            logits = self._forward(pieces, done)
-            chosen = choose(logits, [self.rows[row].chooser for row in asked])
+            logits = self._forward(pieces)
         except Exception as error:
             _LOG.exception("a step failed")
+            failed = [*self.rows[: self.writing], *(self.rows[piece.row] for piece in pieces)]
             self._advance(pieces)  # what was begun is wiped with the rest of its row
-            failed = [self.rows[row] for row in {*range(self.writing), *(piece.row for piece in pieces)}]
-            return events + [
-                self._end(sequence, "error", f"the step failed ({type(error).__name__})") for sequence in failed
-            ]
+            for sequence in failed:
+                self._end(sequence, "error", f"the step failed ({type(error).__name__})")
+            return
         self._advance(pieces)
         self.tokens_read += sum(piece.tokens for piece in pieces)
-        self.writing += len(done)
-        writers = [self.rows[row] for row in asked]
-        for sequence, token in zip(writers, chosen, strict=True):
-            events += self._take(sequence, token)
-        return events
+        for sequence in done:  # it writes from now on: its row comes behind those that do
+            if sequence.row != self.writing:
+                row, other = sequence.row, self.rows[self.writing]
+                self.cache.swap(row, self.writing)
+                self._place(sequence, self.writing)
+                self._place(other, row)
+            self.writing += 1
+        for sequence, token in zip(writers, choose(logits, [each.chooser for each in writers]), strict=True):
+            self._take(sequence, token)
 
-    def _drop_ended(self) -> list[tuple[int, Event]]:
+    def _drop_ended(self) -> None:
         """End what was cancelled or is too late."""
-        now, events = self._clock(), []
+        now = self._clock()
         for sequence in list(self._known.values()):
             if sequence.cancelled:
-                events.append(self._end(sequence, "cancelled"))
+                self._end(sequence, "cancelled")
             elif sequence.deadline is not None and now >= sequence.deadline:
-                events.append(self._end(sequence, "deadline"))
-        return events
+                self._end(sequence, "deadline")
 
-    def _admit(self) -> list[tuple[int, Event]]:
+    def _admit(self) -> None:
         """Give free rows to those who are next and whose prefix is there; begin to load those of the next ones."""
-        events: list[tuple[int, Event]] = []
-        for sequence in itertools.islice(self.waiting, 2 * self.options.max_running):
+        for sequence in self._near():
             if sequence.resident is None:
                 sequence.resident = self.fetch(sequence.request.prefix)
         while len(self.rows) < self.options.max_running:
@@ -222,11 +241,14 @@ class Engine:
             try:
                 self._begin(sequence)
             except ForewordError as error:
-                events.append(self._end(sequence, "error", str(error)))
+                self._end(sequence, "error", str(error))
             except Exception as error:
                 _LOG.exception("prefix %s could not be read", sequence.request.prefix)
-                events.append(self._end(sequence, "error", f"its prefix could not be read ({type(error).__name__})"))
-        return events
+                self._end(sequence, "error", f"its prefix could not be read ({type(error).__name__})")
+
+    def _near(self) -> Iterator[_Sequence]:
+        """Those whose turn is near, for whom prefixes are loaded."""
+        return itertools.islice(self.waiting, 2 * self.options.max_running)
 
     def fetch(self, prefix: str | None) -> Future[Resident]:
         """Begin to bring a prefix to the device; may be called from any thread."""
@@ -238,6 +260,7 @@ class Engine:
 
     def _begin(self, sequence: _Sequence) -> None:
         """Put a sequence into the next row, behind its prefix."""
+        sequence.turn, sequence.began = next(self._turns), self._clock()
         sequence.row = len(self.rows)  # from here on it has to leave the running, not the waiting ones
         self.rows.append(sequence)
         assert sequence.resident is not None
@@ -257,20 +280,19 @@ class Engine:
             )  # fmt: skip
 
     def _pieces(self) -> list[Piece]:
-        """What is read of prompts in this step, in the order of rows."""
+        """What is read of prompts in this step: of those first who were first given a row."""
         left = self.options.prefill_tokens
         pieces: list[Piece] = []
-        for row in range(self.writing, len(self.rows)):
-            sequence = self.rows[row]
+        for sequence in sorted(self.rows[self.writing :], key=lambda sequence: sequence.turn):
             if left <= 0 or (sequence.whole_prompt and sequence.left > left and pieces):
                 break
             count = sequence.left if sequence.whole_prompt else min(sequence.left, left)
-            pieces.append(Piece(row, count))
+            pieces.append(Piece(sequence.row, count))
             left -= count
         return pieces
 
     @torch.no_grad()
-    def _forward(self, pieces: list[Piece], done: list[int]) -> Tensor:
+    def _forward(self, pieces: list[Piece]) -> Tensor:
         """Logits `[writing rows + prompts that are read to their end, vocab]`."""
         ids, positions, wanted = [], [], []
         for row in range(self.writing):
@@ -282,10 +304,9 @@ class Engine:
             sequence = self.rows[row]
             ids += sequence.request.prompt[sequence.read : sequence.read + count]
             positions += range(sequence.offset + sequence.read, sequence.offset + sequence.read + count)
-            wanted += [False] * (count - 1) + [row in done]
-        used = [*range(self.writing), *(piece.row for piece in pieces)]
-        ends = [self.cache.held(site, row) for site in self.cache.keys for row in used]
-        self.cache.reserve(max(ends) + max((piece.tokens for piece in pieces), default=1))
+            wanted += [False] * (count - 1) + [count == sequence.left]
+        coming = [*((row, 1) for row in range(self.writing)), *pieces]
+        self.cache.reserve(max(self.cache.held(site, row) + count for site in self.cache.keys for row, count in coming))
         return packed_logits(self.base, Ragged(self.cache, self.writing, pieces), ids, positions, wanted)
 
     def _advance(self, pieces: list[Piece]) -> None:
@@ -296,30 +317,31 @@ class Engine:
             self.cache.texts[piece.row] += piece.tokens
             self.rows[piece.row].read += piece.tokens
 
-    def _take(self, sequence: _Sequence, token: Token | None) -> list[tuple[int, Event]]:
+    def _take(self, sequence: _Sequence, token: Token | None) -> None:
         """What a sequence's next token means for it."""
         if token is None:
-            return [self._end(sequence, "error", "its logits are not finite")]
-        if token.id in sequence.request.stop_tokens:
-            return [self._end(sequence, "stop")]
-        sequence.written.append(token.id)
-        self.tokens_written += 1
-        events: list[tuple[int, Event]] = [(sequence.id, token)]
-        if len(sequence.written) == sequence.request.max_new_tokens:
-            events.append(self._end(sequence, "length"))
-        return events
+            self._end(sequence, "error", "its logits are not finite")
+        elif token.id in sequence.request.stop_tokens:
+            self._end(sequence, "stop")
+        else:
+            sequence.written.append(token.id)
+            self.tokens_written += 1
+            self._events.append((sequence.id, token))
+            if len(sequence.written) == sequence.request.max_new_tokens:
+                self._end(sequence, "length")
 
-    def _end(self, sequence: _Sequence, reason: str, message: str = "") -> tuple[int, Event]:
-        del self._known[sequence.id]
+    def _end(self, sequence: _Sequence, reason: str, message: str = "") -> None:
         tenant = sequence.request.tenant
         if sequence.row < 0:
             self.waiting.remove(tenant, sequence)
-            return sequence.id, Finished(reason, message)
-        self._release(sequence.row)
-        self.waiting.charge(tenant, -(sequence.left + sequence.request.max_new_tokens - len(sequence.written)))
-        self.waiting.end(tenant)
-        self._seconds_each += 0.1 * (self._clock() - sequence.started - self._seconds_each)
-        return sequence.id, Finished(reason, message)
+        else:
+            self._release(sequence.row)
+            self.waiting.charge(tenant, -(sequence.left + sequence.request.max_new_tokens - len(sequence.written)))
+            self.waiting.end(tenant)
+        if reason in ("stop", "length"):
+            self._seconds_each += 0.1 * (self._clock() - sequence.began - self._seconds_each)
+        del self._known[sequence.id]
+        self._events.append((sequence.id, Finished(reason, message)))
 
     def _release(self, row: int) -> None:
         """Give a row back; rows stay dense, those that write first."""
@@ -341,6 +363,11 @@ class Engine:
     def _prepare(self, prefix: Prefix) -> Resident:
         """A prefix as rows take it, checked against the base model."""
         check_prefix(self.base.attachment, prefix)
+        if max(prefix.lengths.values(), default=0) > self.max_tokens:
+            raise PrefixMismatch(
+                f"a prefix of {max(prefix.lengths.values())} slots", f"at most {self.max_tokens}, as of prompts",
+                "prune it, or raise max_tokens",
+            )  # fmt: skip
         device, dtype = self.base.device, self.base.dtype
         sites = {site: tensors.map(lambda t: t.detach().to(device, dtype)) for site, tensors in prefix.sites.items()}
         gates = [tensors.gate.pooling for tensors in sites.values() if tensors.gate is not None]

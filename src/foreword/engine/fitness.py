@@ -9,6 +9,7 @@ from foreword.engine.attention import Piece, Ragged
 from foreword.engine.cache import SlotCache
 from foreword.engine.packed import packed_logits
 from foreword.errors import UnsupportedModel
+from foreword.frozen import frozen_training
 from foreword.prefix import Sites, SiteTensors
 
 __all__ = ["check_model"]
@@ -35,7 +36,8 @@ def check_model(base: BaseModel) -> None:
     if odd:
         raise UnsupportedModel(f"{base.name!r} has layers of {', '.join(sorted(odd))}", "full or sliding attention")
     try:
-        worst = _difference(base)
+        with frozen_training(base.model):  # as it will run
+            worst = _difference(base)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UnsupportedModel(
             f"{base.name!r} cannot read packed texts ({type(error).__name__}: {str(error).splitlines()[0][:120]})",
@@ -65,7 +67,9 @@ def _difference(base: BaseModel) -> float:
     for start, stop, beside in ((0, 4, 2), (4, 6, 0)):
         call = Ragged(cache, 0, [Piece(0, stop - start), *([Piece(1, beside)] if beside else [])])
         ids = [*first[start:stop], *second[:beside]]
-        packed_logits(base, call, ids, [*range(start, stop), *range(beside)], [True] * len(ids))
+        wanted = [place == 0 for place in range(len(ids))]
+        if len(packed_logits(base, call, ids, [*range(start, stop), *range(beside)], wanted)) != 1:
+            raise ValueError("its head does not say which tokens it reads")
         _check_windows(base, call)
         cache.texts[0], cache.texts[1] = stop, 2
     found = packed_logits(base, Ragged(cache, 2), [first[6], second[2]], [6, 2], [True, True]).float()
@@ -74,8 +78,8 @@ def _difference(base: BaseModel) -> float:
         with base.attachment.bound(read):
             logits = base.model(torch.tensor([text], device=base.device), use_cache=False)["logits"]
         alone.append(logits[0, -1].float())
-    wanted = torch.stack(alone)
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    expected = torch.stack(alone)
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _check_windows(base: BaseModel, call: Ragged) -> None:

@@ -1,7 +1,8 @@
 """Who is next: requests of several tenants wait in one bounded queue, and each tenant gets its share.
 
 Start-time fair queueing over tokens (Goyal, Vin and Cheng 1996): every tenant has a counter of the tokens that it was
-given; the least one is next. Who was away begins at the least counter of those who are there, so that nobody saves up.
+given; the least one is next. Who had nothing waiting begins where the last one stood who was next, so that nobody saves
+up.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class FairQueue(Generic[_T]):
         self._waiting: OrderedDict[str, deque[_T]] = OrderedDict()
         self._served: dict[str, float] = {}
         self._running: dict[str, int] = {}
+        self._now = 0.0  # the counter of who was last given a turn
         self._count = 0  # kept apart, so that other threads may ask
 
     def __len__(self) -> int:
@@ -55,8 +57,8 @@ class FairQueue(Generic[_T]):
 
     def push(self, tenant: str, item: _T) -> None:
         """Let an item wait behind those of its tenant."""
-        if tenant not in self._served:
-            self._served[tenant] = min(self._served.values(), default=0.0)
+        if tenant not in self._waiting:
+            self._served[tenant] = max(self._served.get(tenant, 0.0), self._now)
         self._waiting.setdefault(tenant, deque()).append(item)
         self._count += 1
 
@@ -65,6 +67,7 @@ class FairQueue(Generic[_T]):
         for tenant in self._order():
             for item in self._waiting[tenant]:
                 if ready(item):
+                    self._now = max(self._now, self._served[tenant])
                     self._running[tenant] = self._running.get(tenant, 0) + 1
                     self.remove(tenant, item)
                     return tenant, item

@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeAlias
 
 from foreword.errors import ConfigError
 
+_MOST = 1000.0  # of what is added to a logit; more would be no other choice
+
 __all__ = ["Event", "Finished", "Request", "Sampling", "Token"]
 
 
@@ -42,11 +44,12 @@ class Sampling:
             raise ConfigError(f"top_p {self.top_p}", "above 0 and at most 1", "correct it")
         if self.top_k < 0:
             raise ConfigError(f"top_k {self.top_k}", "at least 0", "correct it")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} {getattr(self, name)}", "a finite number", "correct it")
-        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
-            raise ConfigError("a logit_bias that is not finite", "finite numbers", "correct it")
+        given = [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
+        for name, value in [*given, *(("logit_bias", bias) for bias in self.logit_bias.values())]:
+            if not abs(value) <= _MOST:
+                raise ConfigError(f"{name} {value}", f"-{_MOST:g} to {_MOST:g}", "correct it")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ConfigError(f"seed {self.seed!r}", "a whole number", "correct it")
         if self.logprobs is not None and self.logprobs < 0:
             raise ConfigError(f"logprobs {self.logprobs}", "at least 0", "correct it")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -43,6 +44,7 @@ class Ticket:
 
     def __init__(self, request: Request, listener: Listener, wake: Callable[[], None]) -> None:
         self.request, self.listener, self.cancelled = request, listener, False
+        self.since = time.monotonic()
         self.resident: Future[Resident] | None = None
         self._wake = wake
 
@@ -54,6 +56,9 @@ class Ticket:
 
 class EngineRunner:
     """Steps an engine as long as there is work. All methods may be called from any thread.
+
+    From `start` to `stop` the base model is the engine's: what another thread computes with it in between is wrong, and
+    so may be what the engine writes.
 
     >>> import foreword as fw
     >>> base = fw.BaseModel.load("smollm2-135m")  # doctest: +SKIP
@@ -92,13 +97,13 @@ class EngineRunner:
         if self.stopping or not self._thread.is_alive():
             raise EngineStopped("the engine has stopped", "a running one", "try another server")
         self.engine.validate(request)
-        self.engine.check_room(len(self._inbox))
         ticket = Ticket(request, listener, self._wake)
-        if (
-            len(self.engine.waiting) + len(self._inbox) < self.engine.options.max_running
-        ):  # its turn is near: load while the step goes on
-            ticket.resident = self.engine.fetch(request.prefix)
-        self._inbox.append(ticket)
+        with self._changed:
+            before = len(self.engine.waiting) + len(self._inbox)
+            self.engine.check_room(len(self._inbox))
+            if before < self.engine.options.max_running:  # its turn is near: load while the step goes on
+                ticket.resident = self.engine.fetch(request.prefix)
+            self._inbox.append(ticket)
         self._wake()
         if not self._thread.is_alive():  # it ended in between and will not look again
             self._end_tickets("shutdown")
@@ -135,16 +140,29 @@ class EngineRunner:
             self._changed.notify()
 
     def _run(self) -> None:
-        with frozen_training(self.engine.base.model):
-            while self._stop_at is None or (self._has_work() and time.monotonic() < self._stop_at):
-                try:
-                    self._take_in()
-                    self._tell(self.engine.step())
-                except Exception as error:
-                    _LOG.exception("the engine failed; everything it had is ended")
-                    self._tell(self.engine.end_all("error", f"the engine failed ({type(error).__name__})"))
-                self._rest()
-            self._tell(self.engine.end_all("shutdown"))
+        try:
+            with frozen_training(self.engine.base.model):
+                while self._stop_at is None or (self._has_work() and time.monotonic() < self._stop_at):
+                    try:
+                        self._take_in()
+                        self._tell(self.engine.step())
+                    except Exception as error:
+                        _LOG.exception("the engine failed; everything it had is ended")
+                        self._begin_anew(f"the engine failed ({type(error).__name__})")
+                    self._rest()
+                self._tell(self.engine.end_all("shutdown"))
+        finally:
+            self._end_tickets("shutdown" if self.stopping else "error")
+
+    def _begin_anew(self, message: str) -> None:
+        """End all that the engine has; where it cannot even do that, it forgets everything."""
+        try:
+            self._tell(self.engine.end_all("error", message))
+        except Exception:
+            _LOG.exception("the engine could not end what it had")
+            self.engine.reset()
+            while self._tickets:
+                _tell(self._tickets.popitem()[1], Finished("error", message))
 
     def _has_work(self) -> bool:
         return bool(self._inbox) or self.engine.has_work
@@ -153,7 +171,13 @@ class EngineRunner:
         """What has come in since the last step, and what was cancelled."""
         while self._inbox:
             ticket = self._inbox.popleft()
-            self._tickets[self.engine.submit(ticket.request, ticket.resident)] = ticket
+            try:
+                number = self.engine.submit(ticket.request, ticket.resident, ticket.since)
+            except Exception as error:
+                _LOG.exception("a request could not be taken in")
+                _tell(ticket, Finished("error", f"it could not be taken in ({type(error).__name__})"))
+                continue
+            self._tickets[number] = ticket
         for number, ticket in self._tickets.items():
             if ticket.cancelled:
                 self.engine.cancel(number)
@@ -174,10 +198,10 @@ class EngineRunner:
 
     def _end_tickets(self, reason: str) -> None:
         """Tell those whose requests no step will see any more."""
-        while self._inbox:
-            _tell(self._inbox.popleft(), Finished(reason))
-        while self._tickets:
-            _tell(self._tickets.popitem()[1], Finished(reason))
+        for source in (self._inbox.popleft, lambda: self._tickets.popitem()[1]):
+            with contextlib.suppress(IndexError, KeyError):  # empty, or another thread was quicker
+                while True:
+                    _tell(source(), Finished(reason))
 
 
 def _tell(ticket: Ticket, event: Event) -> None:

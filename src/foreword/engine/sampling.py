@@ -12,6 +12,8 @@ from foreword.engine.request import Sampling, Token
 
 __all__ = ["Chooser", "choose"]
 
+_LIKELY = 1024  # tokens that are looked at before all are sorted
+
 
 class Chooser:
     """What one request's choices depend on: its options, its generator, and the tokens that it has written."""
@@ -44,12 +46,13 @@ class Chooser:
         return Token(chosen, float(logprobs[chosen]), tuple(pairs))
 
     def _changed(self, logits: Tensor) -> Tensor:
-        sampling, logits = self.sampling, logits.clone()
-        for token, times in self.counts.items():
-            logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * times
-        for token, bias in sampling.logit_bias.items():
-            logits[token] += bias
-        return logits
+        sampling = self.sampling
+        changes = [(token, bias) for token, bias in sampling.logit_bias.items()]
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            once, each = sampling.presence_penalty, sampling.frequency_penalty
+            changes += [(token, -once - each * times) for token, times in self.counts.items()]
+        tokens, amounts = torch.tensor([t for t, _ in changes]), torch.tensor([a for _, a in changes])
+        return logits.index_add(0, tokens, amounts) if changes else logits
 
     def _chances(self, logits: Tensor) -> Tensor:
         """Probabilities after temperature, `top_k` and `top_p`: the fewest tokens that have `top_p` together."""
@@ -60,14 +63,17 @@ class Chooser:
             least = chances.topk(sampling.top_k).values[-1]
             chances = torch.where(chances >= least, chances, 0.0)
         if sampling.top_p < 1:
-            ordered, order = (chances / chances.sum()).sort(descending=True, stable=True)
+            chances = chances / chances.sum()
+            ordered, order = chances.topk(min(_LIKELY, len(chances)))
+            if float(ordered.sum()) < sampling.top_p:  # rarely: nearly all is among the first thousand
+                ordered, order = chances.sort(descending=True)
             before = ordered.cumsum(0) - ordered
             chances = torch.zeros_like(chances).index_put_((order,), torch.where(before < sampling.top_p, ordered, 0.0))
         return chances
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
-    """The next token of every row of logits `[rows, vocab]`; None for a row whose logits are not finite.
+    """The next token of every row of logits `[rows, vocab]`; None for a row whose logits or chances are not finite.
 
     >>> [token.id for token in choose(torch.tensor([[0.0, 2.0, 1.0]]), [Chooser(Sampling())])]
     [1]
@@ -81,5 +87,8 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
         elif chooser.sampling.plain:
             found.append(Token(likeliest[row]))
         else:
-            found.append(chooser.choose(logits[row].float().cpu()))
+            try:
+                found.append(chooser.choose(logits[row].float().cpu()))
+            except RuntimeError:  # options of its own made its chances no chances
+                found.append(None)
     return found

@@ -6,15 +6,17 @@ never twice at once for the same prefix.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from foreword.errors import EngineStopped
 from foreword.prefix import Prefix, Sites
 
 __all__ = ["BankStats", "PrefixBank", "PrefixSource", "Resident"]
@@ -115,6 +117,7 @@ class PrefixBank:
         self._host: _Tier[Prefix] = _Tier(host_bytes)
         self._loading: dict[str, Future[Resident]] = {}
         self._stats = BankStats()
+        self._closed = False
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_LOADERS, thread_name_prefix="foreword-load")
 
@@ -129,10 +132,13 @@ class PrefixBank:
                 return done
             if key in self._loading:
                 return self._loading[key]
+            if self._closed:
+                raise EngineStopped("the bank is closed", "a running engine", "try another server")
             self._stats.misses += 1
             future: Future[Resident] = Future()
+            future.set_running_or_notify_cancel()  # many may wait for it: none of them can cancel it
             self._loading[key] = future
-        self._pool.submit(self._load, key, future)
+            self._pool.submit(self._load, key, future)
         return future
 
     def evict(self, key: str) -> None:
@@ -152,8 +158,14 @@ class PrefixBank:
         return found
 
     def close(self) -> None:
-        """End the loaders; what is still to be loaded fails."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the loaders; what has not been loaded fails."""
+        with self._lock:
+            self._closed = True
+            waiting, self._loading = list(self._loading.values()), {}
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for future in waiting:
+            with contextlib.suppress(InvalidStateError):  # it has just been loaded
+                future.set_exception(EngineStopped("the bank is closed", "a running engine", "try another server"))
 
     def check(self) -> None:
         """Raise `AssertionError` unless bytes add up and stay in their budgets; for tests."""
@@ -175,11 +187,13 @@ class PrefixBank:
                     self._device.put(key, resident, resident.num_bytes)
                     if prefix is None:
                         self._host.put(key, loaded, loaded.num_bytes)
-            future.set_result(resident)
+            with contextlib.suppress(InvalidStateError):  # the bank was closed in between
+                future.set_result(resident)
         except BaseException as error:
             with self._lock:
                 self._stats.failures += 1
                 if self._loading.get(key) is future:
                     del self._loading[key]
-            future.set_exception(error)
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(error)
         self._on_change()
