@@ -15,7 +15,7 @@ import foreword as fw
 from foreword.attention import Attachment
 from foreword.base import BaseModel
 from foreword.errors import ConfigError, PrefixError, PrefixMismatch
-from foreword.gates import GateInput, GateOptions, Gates, gate_of, pool
+from foreword.gates import GateInput, GateOptions, Gates, gate_of, masked_mean, pool
 from foreword.init import new_prefix
 from foreword.parametrization import parametrize
 from foreword.prefix import Gate, Prefix, Site, Sites, SiteTensors
@@ -436,3 +436,15 @@ def test_gates_of_another_geometry_are_no_start() -> None:
     same = Gates(prefix_for(base, 5).sites, GateOptions("apt"), base.hidden_sizes)
     same.start_from(five)
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), five.parameters(), strict=True))
+
+
+def test_means_keep_their_precision_and_their_range() -> None:
+    hidden = torch.randn(2, 300, 16).add(3)
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[1, 200:] = False
+    wanted = torch.stack([hidden[0].mean(0), hidden[1, :200].mean(0)])[:, None]
+    found = masked_mean(hidden.bfloat16(), mask)
+    exact = torch.stack([hidden[0].bfloat16().float().mean(0), hidden[1, :200].bfloat16().float().mean(0)])[:, None]
+    assert float((found.float() / exact - 1).abs().mean()) < 0.002
+    torch.testing.assert_close(masked_mean(hidden, mask), wanted)
+    assert masked_mean(torch.full((1, 2048, 1), 40.0).half(), torch.ones(1, 2048)).item() == 40.0

@@ -6,6 +6,7 @@ import csv
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,8 @@ def test_usual_columns_are_known_and_those_of_a_run_remembered(run: Any, tmp_pat
     status, text, err = run("evaluate", out, "--test", rows)
     assert status == 0 and "accuracy" in text, err
     outputs = json.loads((out / "evaluation.json").read_text())["outputs"]
-    texts, answers = ([output[key] for output in outputs] for key in ("prompt", "text"))
+    answers = [output["text"] for output in outputs]
+    texts = [output["prompt"].removesuffix("\nWell?\n") for output in outputs]
     assert set(answers) == {"no", "yes"}, "the test would not see what is predicted"
     status, text, err = run("predict", "-p", out, texts[0], "--json")
     assert status == 0 and json.loads(text.splitlines()[-1])["predictions"][0]["label"] == answers[0], err
@@ -324,8 +326,94 @@ def test_usual_columns_are_known_and_those_of_a_run_remembered(run: Any, tmp_pat
     assert status == 1 and "no column 'body' in own.csv" in err
     status, _, err = run("train", "--from", out, "--train", rows, *SMALL, "--base", base, "-o", tmp_path / "again")
     assert status == 0, err
-    again = json.loads((tmp_path / "again" / "prefix" / "prefix.json").read_text())["metadata"]["row_options"]
-    assert again["label_words"] == ["Bad", "Good"] and again["template"] == own[5]
+    again = json.loads((tmp_path / "again" / "prefix" / "prefix.json").read_text())["metadata"]["reading"]
+    assert again["task"] == "labelled" and again["options"]["label_words"] == ["Bad", "Good"]
+    assert again["options"]["template"] == own[5]
+
+
+def test_what_is_remembered_is_for_the_same_labels_and_the_same_columns(run: Any, tmp_path: Path) -> None:
+    """A label keeps its word in other files; a column that is named is read; prefixes that do not tell are refused."""
+    base = save_tiny("llama", tmp_path / "model")
+    rows, others = tmp_path / "rows.csv", tmp_path / "others.csv"
+    lines = "".join(f"good {k},bad {k},yes\nbad {k},good {k},no\n" for k in range(8))
+    rows.write_text(f"review,other,label\n{lines}")
+    others.write_text("review,other,label\n" + "so so,x,maybe\ngood 1,x,yes\nbad 2,x,no\ngood 3,x,yes\n")
+    own = ["--text-column", "review", "--template", "{review}\\nWell?", "--label-words", "Bad", "--label-words", "Good"]
+    out = tmp_path / "run"
+    status, _, err = run("train", "--base", base, "--train", rows, *own, *SMALL, "-o", out)
+    assert status == 0, err
+    status, _, err = run("train", "--from", out, "--base", base, "--train", others, *SMALL, "-o", tmp_path / "again")
+    assert status == 0 and "row 2 of train: unknown label 'maybe' (known: no, yes)" in err
+    header = json.loads((tmp_path / "again" / "prefix" / "prefix.json").read_text())["metadata"]
+    assert header["labels"] == ["no", "yes"] and header["reading"]["options"]["label_words"] == ["Bad", "Good"]
+
+    def read(*options: str) -> list[str]:
+        status, _, err = run("evaluate", out, "--test", rows, *options)
+        assert status == 0, err
+        return [each["prompt"] for each in json.loads((out / "evaluation.json").read_text())["outputs"]]
+
+    assert read()[0] == "good 0\nWell?\n", "what is shown of a row is what the decoder read"
+    assert read("--text-column", "other")[0] == "bad 0\n", "a column that is named is read"
+    prefix = fw.Prefix.load(find_prefix(out), fw.BaseModel.load(base))
+    silent = replace(prefix, metadata={name: v for name, v in prefix.metadata.items() if name != "reading"})
+    with pytest.raises(PrefixError, match="a prefix that does not tell how it reads rows"):
+        fw.predict(fw.BaseModel.load(base), silent, ["good"])
+    for reading in (5, {"task": "labelled", "options": {"train": "/etc/passwd"}}, {"task": "sst2", "options": {}}):
+        with pytest.raises(DataError, match="a prefix (that reads rows by 'train'|whose `reading` is none)"):
+            fw.predict(
+                fw.BaseModel.load(base), replace(prefix, metadata={**prefix.metadata, "reading": reading}), ["x"]
+            )
+    for odd in ([7], [None]):
+        with pytest.raises(DataError, match="in row 1"):
+            fw.predict(fw.BaseModel.load(base), prefix, odd)  # type: ignore[arg-type]
+
+
+def test_which_rows_a_file_has_is_told_by_its_columns(run: Any, encoder: str, tmp_path: Path) -> None:
+    both = tmp_path / "both.csv"
+    both.write_text("prompt,completion,text,label\n" + "a,b,c,yes\na,b,d,no\n" * 6)
+    status, _, err = run("train", "--base", encoder, "--train", both, *SMALL, "-o", tmp_path / "x")
+    assert status == 1 and "is an encoder and writes no completions" in err, "prompts come first"
+    tags = tmp_path / "tags.conll"
+    tags.write_text("\n".join(f"the O\n{k}x B-NUM\n" for k in range(12)))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "good,yes\nbad,no\n" * 6)
+    assert run("train", "--base", encoder, "--train", rows, *SMALL, "-o", tmp_path / "labels")[0] == 0
+    status, _, err = run(
+        "train", "--from", tmp_path / "labels", "--base", encoder, "--train", tags, *SMALL, "-o", tmp_path / "y"
+    )
+    assert status == 1 and "a head for classification with labels no, yes; expected one for tagging" in err
+
+
+def test_references_that_a_file_lacks_are_not_asked_for(run: Any, tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "model", max_position_embeddings=200)
+    rows, plain = tmp_path / "rows.jsonl", tmp_path / "plain.jsonl"
+    made = [{"prompt": f"{k}?", "completion": f"{k}!", "also": [f"{k}."]} for k in range(12)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    plain.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "also"}) + "\n" for row in made))
+    out = tmp_path / "run"
+    status, _, err = run("train", "--base", base, "--train", rows, "--references", "also", *SMALL, "-o", out)
+    assert status == 0, err
+    for test, reference in ((rows, ["0."]), (plain, ["0!"])):
+        status, _, err = run("evaluate", out, "--test", test)
+        assert status == 0, err
+        assert json.loads((out / "evaluation.json").read_text())["outputs"][0]["references"] == reference
+
+
+def test_a_decoder_reads_no_rows_otherwise_than_in_training(
+    run: Any, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOREWORD_DATA", str(data_folder))
+    base, rows = save_tiny("llama", tmp_path / "model", max_position_embeddings=200), tmp_path / "rows.csv"
+    rows.write_text("text,label\na joy,positive\n")
+    out = tmp_path / "run"
+    status, _, err = run(
+        "train", "sst2", "--base", base, "--train-limit", 8, "--dev-limit", 4, *SMALL, "--epochs", 1, "-o", out
+    )
+    assert status == 0, err
+    status, _, err = run("evaluate", out, "--test", rows)
+    assert status == 1 and "rows of your own for a prefix that was trained for task 'sst2'" in err
+    status, text, err = run("predict", "-p", out, "a joy")
+    assert status == 0 and text.split()[0] in ("negative", "positive"), err
 
 
 def test_options_of_a_choice_are_predicted_by_their_text(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ class AttendingCall(ABC):
 
     reads_prompt = False  # no pass has to say what its prompt is
 
-    def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:
+    def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:  # noqa: ARG002 - as a `Call`
         """Never asked for: slots stand among the keys that it keeps."""
         raise AssertionError("a call that attends by itself has no slots apart")
 

@@ -207,7 +207,7 @@ def _evaluate_labels(
         scores[name] = Interval(metric(answers, references), *bootstrap_interval(metric, answers, references))
     cost = nats / max(units, 1)
     outputs = [
-        Output(example.id, _shown(example), answer, right, each.probability)
+        Output(example.id, _shown(example, objective.head is None), answer, right, each.probability)
         for example, answer, right, each in zip(rows.examples, answers, references, found, strict=True)
     ]
     return Evaluation(
@@ -241,10 +241,12 @@ def predictions(
     return nats, units, [found[row] for row in range(len(rows))]
 
 
-def _shown(example: Labelled | Tagged) -> str:
-    """What is read of a row, for people."""
+def _shown(example: Labelled | Tagged, prompt: bool) -> str:
+    """What is read of a row, for people: by a decoder its prompt."""
     if isinstance(example, Tagged):
         return " ".join(example.words)
+    if prompt:
+        return example.prompt
     return " | ".join(" / ".join(text) for text in example.texts)
 
 

@@ -128,6 +128,15 @@ def heatmap(
     )
 
 
+def number_text(value: float) -> str:
+    """A number as it stands in a cell: two decimals, or one digit of a small one.
+
+    >>> number_text(0.5), number_text(0.0123)
+    ('0.50', '0.01')
+    """
+    return f"{value:.2f}" if abs(value) >= 0.095 or not value else f"{value:.1g}"
+
+
 def check_labels(values: Values, row_labels: Sequence[str], column_labels: Sequence[str]) -> None:
     """Raise `ConfigError` unless every row has a label and every value a column."""
     widest = max((len(row) for row in values), default=0)
@@ -155,7 +164,7 @@ def _cell(value: float | None, detail: str, scale: Scale, numbers: bool) -> str:
     place = scale.place(value)
     red, green, blue = _mixed(place, scale.around)
     ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
-    shown = f"{value:.2f}" if numbers else ""
+    shown = number_text(value) if numbers else ""
     return (
         f'<td style="background:{colour(place, scale.around)};color:{ink}" data-value="{value:.6g}"{more}>{shown}</td>'
     )

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foreword.errors import ConfigError
 from foreword.optional import optional
-from foreword.pages import MOST_NUMBERS, Scale, check_labels, heatmap_html, shown_labels
+from foreword.pages import MOST_NUMBERS, Scale, check_labels, heatmap_html, number_text, shown_labels
 from foreword.storage import write_atomic
 
 __all__ = ["heatmap_html", "heatmap_png"]
@@ -26,6 +27,8 @@ def heatmap_png(path: str | Path, panels: Sequence[Mapping[str, Any]], *, title:
     value is negative, or from -`reach` to `reach`. Raises `ConfigError` for labels that do not fit, `MissingPackage`
     without matplotlib, `StorageError`.
     """
+    if not panels:
+        raise ConfigError("no panels", "at least one", "name what is to be drawn")
     for panel in panels:
         check_labels(panel["values"], panel["row_labels"], panel["column_labels"])
     figure_module = optional("matplotlib.figure", "plot")
@@ -82,5 +85,5 @@ def _write_numbers(axes: Any, grid: list[list[float]], scale: Scale) -> None:
                 place = scale.place(value)
                 light = 0.15 < place < 0.85 if scale.around else place > 0.55
                 axes.text(
-                    x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if light else "white"
+                    x, y, number_text(value), ha="center", va="center", fontsize=7, color="black" if light else "white"
                 )

@@ -9,7 +9,7 @@ from foreword.base import BaseModel
 from foreword.errors import DataError, PrefixError
 from foreword.evaluate import objective_for, predictions
 from foreword.prefix import Head, Prefix
-from foreword.tasks import Labelled, Split, Tagged, Task, get_task, list_tasks
+from foreword.tasks import Labelled, Split, Tagged, Task, get_task, list_tasks, reading_of
 from foreword.tasks.rows import Unusable
 
 __all__ = ["HeadTask", "Prediction", "predict", "reading_task"]
@@ -84,12 +84,16 @@ def reading_task(prefix: Prefix) -> Task:
     Raises `PrefixError` for a prefix that predicts no labels.
     """
     known = prefix.metadata
-    name, labels = known.get("task"), tuple(known.get("labels", ()))
-    if name in list_tasks() and labels and (prefix.head is None or prefix.head.kind != "tagging"):
-        given = {"labels": labels, **known["row_options"]} if "row_options" in known else {}
-        task = get_task(name, **given)
+    name, labels = str(known.get("task")), tuple(known.get("labels", ()))
+    own, options = reading_of(known)
+    if own == "labelled":
+        return get_task(own, labels=labels, **options)
+    if labels and name in list_tasks() and name not in ("files", "labelled", "conll"):
+        task = get_task(name)
         if task.labels == labels and hasattr(task, "unlabelled"):
             return task
+    if prefix.head is None and labels:
+        raise PrefixError("a prefix that does not tell how it reads rows", "one that does", "train it again")
     if prefix.head is None:
         raise PrefixError(
             "a prefix that predicts no labels", "one that was trained for a task with labels",
@@ -133,6 +137,8 @@ def _example(task: Task, given: Given, row: int) -> Labelled | Tagged:
         return task.example(given, row)
     reader: _Reader = task  # type: ignore[assignment]  # reading_task has looked
     columns = reader.columns
+    if not isinstance(given, Mapping | Sequence):
+        raise DataError(f"{given!r} in row {row}", f"texts for {', '.join(columns)}", "correct the row")
     if not isinstance(given, Mapping):
         parts = [given] if isinstance(given, str) else list(given)
         if len(parts) != len(columns):

@@ -114,8 +114,8 @@ def train(
         trainer.origin = {"task": task.name, "data": {name: split.sha256 for name, split in splits.items()}}
         if task.labels:
             trainer.origin["labels"] = list(task.labels)
-        if row_options := getattr(task, "row_options", None):
-            trainer.origin["row_options"] = row_options
+        if reading := getattr(task, "reading", None):
+            trainer.origin["reading"] = reading
         record = {
             "options": config.to_dict(), "base": base.name, "processes": processes.count,
             "data": {name: describe_rows(split, rows[name], config.shots > 0) for name, split in splits.items()},

@@ -16,11 +16,12 @@ from foreword.cli.options import (
     Limit,
     Strict,
     file_flags,
+    known_of,
     load_base,
     load_prefixes,
     make_task,
 )  # fmt: skip
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from foreword.evaluate import Evaluation
@@ -67,11 +68,12 @@ def evaluate(
     )
     if out is not None and len(prefixes) > 1:
         raise ConfigError(f"--out {out} for {len(prefixes)} seeds", "no --out", "each run folder keeps its own scores")
-    chosen = make_task(task, files or {}, prefixes[0][2].metadata if prefixes else {}, split)
-    options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
     results: list[Evaluation] = []
     untouched = [("base model", None)] if with_base or not prefixes else []
+    known = known_of(prefixes[0][2]) if prefixes else {}
     for name, each in [*untouched, *((f"with prefix {name}".strip(), trained) for name, _, trained in prefixes)]:
+        chosen = make_task(task, files or {}, known if each is None else known_of(each), split)
+        options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
         with bar(name) as progress:
             results.append(
                 run(
@@ -79,6 +81,8 @@ def evaluate(
                     max_new_tokens=max_new_tokens, progress=progress, **options,
                 )
             )  # fmt: skip
+    if len({result.data_sha256 for result in results}) > 1:
+        raise RunError(f"the seeds in {prefix} read other rows", "one way of reading them", "evaluate each alone")
     if results[-1].skipped_rows:
         print_skipped([each._asdict() for each in chosen.split(split, limit=limit).skipped], split)
     if len(prefixes) > 1:

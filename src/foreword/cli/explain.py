@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foreword.cli.console import emit, say, stages, table
-from foreword.cli.options import Base, Device, Dtype, Json, Limit, Strict, file_flags, load_prefixes, make_task
+from foreword.cli.options import (
+    Base,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    Strict,
+    file_flags,
+    known_of,
+    load_prefixes,
+    make_task,
+)
 
 if TYPE_CHECKING:
     from foreword.explain import Explanation
@@ -49,7 +60,7 @@ def explain(
     loaded, prefixes = load_prefixes(path, base, dtype, device)
     results = []
     for name, place, prefix in prefixes:
-        chosen = make_task(task, files or {}, prefix.metadata, split)
+        chosen = make_task(task, files or {}, known_of(prefix), split)
         with stages() as progress:
             found = run(
                 loaded, prefix, chosen, split, limit=limit, strict=strict, batch_size=batch_size, seed=seed,

@@ -30,6 +30,7 @@ __all__ = [
     "config_flags",
     "file_flags",
     "file_words",
+    "known_of",
     "load_base",
     "load_prefix",
     "load_prefixes",
@@ -71,8 +72,16 @@ OWN_TASKS = {
     "conll": ("words_column", "tags_column"),
 }
 _USUAL = {"labelled": ("text", "label"), "conll": ("tokens", "tags")}
-_EITHER = (("prompt_column", "template"), ("completion_column", "completion_template"))
+_EITHER = (
+    ("prompt_column", "template"), ("completion_column", "completion_template"),
+    ("text_column", "template"), ("text_pair_column", "template"),
+)  # fmt: skip
 _CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")
+
+
+def known_of(prefix: Prefix) -> dict[str, Any]:
+    """What a prefix says of the task that it was trained for, and whether it answers in words of a decoder."""
+    return {**prefix.metadata, "words": prefix.head is None}
 
 
 def make_task(
@@ -83,25 +92,32 @@ def make_task(
     `known` is what a prefix says of the task that it was trained for: it is taken where none is named, with its labels,
     and rows are read the same way. `split` are the rows that are wanted.
     """
-    from foreword.tasks import get_task
+    from foreword.tasks import get_task, reading_of
 
     known = known or {}
-    default, labels = known.get("task"), known.get("labels", ())
+    default, labels = known.get("task"), tuple(known.get("labels", ()))
+    reading, remembered = reading_of(known)
     given = {option: value for option, value in files.items() if value not in (None, [], ())}
     if given and name is not None and name not in OWN_TASKS:
         raise ConfigError(
             f"task {name!r} together with --{next(iter(given)).replace('_', '-')}", "one of both", "leave one out"
         )
     if given:
-        own = name or _own_task(given, default)
-        if own == default:
-            given = {**_remembered(known.get("row_options", {}), given), **given}
+        own = name or _own_task(given, reading or default, bool(labels))
+        if own == "labelled" and reading != own and name is None and labels and known.get("words"):
+            raise ConfigError(
+                f"rows of your own for a prefix that was trained for task {default!r}",
+                "the way in which it is to read them", "say --task labelled, with --template as the task reads rows",
+            )  # fmt: skip
+        if own == reading:
+            given = {**_remembered(remembered, given), **given}
         references = given.get("references")
         if isinstance(references, list) and len(references) == 1:
             given["references"] = references[0]
-        if labels and "train" not in given and own == "labelled":
-            given["labels"] = tuple(labels)
-        if labels and "train" not in given and own == "conll":
+        # Labels of a prefix are its labels, in their order, whatever labels another file has.
+        if labels and own == "labelled" and (own == reading or "train" not in given):
+            given["labels"] = labels
+        if labels and own == "conll" and (own == reading or "train" not in given):
             given["types"] = tuple(label[2:] for label in labels if label.startswith("B-"))
         return get_task(own, **given)
     chosen = name or default
@@ -122,7 +138,14 @@ def make_task(
 
 def _remembered(row_options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """How a prefix reads rows, but for what another given option takes the place of."""
+    from foreword.tasks.tables import first_columns
+
     replaced = {name for pair in _EITHER if any(name in given for name in pair) for name in pair}
+    there = [first_columns(Path(given[split])) for split in ("dev", "test") if split in given]
+    references = row_options.get("references", [])
+    wanted = {references} if isinstance(references, str) else set(references)
+    if not all(columns.issuperset(wanted) for columns in there):
+        replaced.add("references")  # then the completions are what is scored against
     return {name: value for name, value in row_options.items() if name not in replaced}
 
 
@@ -136,7 +159,7 @@ def file_words(files: dict[str, Any]) -> str:
     return "".join(words)
 
 
-def _own_task(given: dict[str, Any], default: str | None) -> str:
+def _own_task(given: dict[str, Any], default: str | None, labels: bool) -> str:
     """Which task the given options and files are for."""
     from foreword.tasks.tables import first_columns
 
@@ -147,12 +170,14 @@ def _own_task(given: dict[str, Any], default: str | None) -> str:
         raise ConfigError(f"{first} together with {second}", "columns of one kind of rows", "leave one out")
     if used:
         return next(iter(used))
-    if default in OWN_TASKS:
-        return str(default)
     path = next((Path(given[split]) for split in ("train", "dev", "test") if split in given), Path())
     if path.suffix.lower() in _CONLL:
         return "conll"
+    if default in OWN_TASKS:
+        return str(default)
     columns = first_columns(path)
+    if "prompt" in columns or not (labels or "train" in given):
+        return "files"
     return next((own for own, needed in _USUAL.items() if columns.issuperset(needed)), "files")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foreword.cli.console import bar, emit, say, table
-from foreword.cli.options import Base, Device, Dtype, Json, file_flags, load_prefix, make_task
+from foreword.cli.options import Base, Device, Dtype, Json, file_flags, known_of, load_prefix, make_task
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def fold(
     results: list[Evaluation] = []
     if gates:
         loaded, prefix = load_prefix(path, base, dtype, device)
-        chosen = make_task(task, files or {}, prefix.metadata, split)
+        chosen = make_task(task, files or {}, known_of(prefix), split)
         folded, results = _fold_mean(loaded, prefix, chosen, split, limit)
     else:
         folded = prefix.fold()

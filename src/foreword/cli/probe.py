@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foreword.cli.console import bar, emit, note, say, table
-from foreword.cli.options import Base, Device, Dtype, Json, Strict, file_flags, file_words, load_prefixes, make_task
+from foreword.cli.options import (
+    Base,
+    Device,
+    Dtype,
+    Json,
+    Strict,
+    file_flags,
+    file_words,
+    known_of,
+    load_prefixes,
+    make_task,
+)
 from foreword.errors import MissingPackage
 
 if TYPE_CHECKING:
@@ -50,7 +61,7 @@ def probe(
     loaded, prefixes = load_prefixes(path, base, dtype, device)
     results = []
     for name, place, prefix in prefixes:
-        chosen = make_task(task, files or {}, prefix.metadata, split)
+        chosen = make_task(task, files or {}, known_of(prefix), split)
         rows = chosen if files else drawn_as(prefix, chosen)
         with bar(f"probing {name}".strip()) as progress:
             found = run(loaded, prefix, rows, split, limit=limit, strict=strict, seed=seed, progress=progress)

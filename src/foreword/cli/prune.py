@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from foreword.cli.console import bar, emit, note, say, table
-from foreword.cli.options import OWN_TASKS, Base, Device, Dtype, Json, Strict, file_flags, load_prefixes, make_task
+from foreword.cli.options import (
+    OWN_TASKS,
+    Base,
+    Device,
+    Dtype,
+    Json,
+    Strict,
+    file_flags,
+    known_of,
+    load_prefixes,
+    make_task,
+)
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -110,7 +121,7 @@ class _Rows(NamedTuple):
         probed = saved_probe(beside(place, "probe"), prefix, task, self.split, self.limit)
         chosen = None
         if probed is None or score:
-            chosen = make_task(self.task, self.files, prefix.metadata, self.split)
+            chosen = make_task(self.task, self.files, known_of(prefix), self.split)
             chosen = chosen if self.files else drawn_as(prefix, chosen)
         if probed is None:
             assert chosen is not None

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foreword.cli.console import emit, note, print_skipped, say, stages, table
-from foreword.cli.options import OWN_TASKS, Base, Device, Json, config_flags, file_flags, load_base, make_task
+from foreword.cli.options import (
+    OWN_TASKS,
+    Base,
+    Device,
+    Json,
+    config_flags,
+    file_flags,
+    known_of,
+    load_base,
+    make_task,
+)
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +72,7 @@ def train(
     begin = Start(start, retrain, lengths_from, gates_from)
     given = settings or {}
     chosen = TrainConfig.from_toml(config, given) if config is not None else TrainConfig(**given)
-    work = make_task(task, files or {}, {} if start is None else _said_by(of_seed(start, chosen.seed)))
+    work = make_task(task, files or {}, {} if start is None else _said_by(of_seed(start, chosen.seed)), "train")
     if evaluate and files and "test" not in files:
         raise ConfigError("--evaluate without --test", "your test rows", "name them, or leave --evaluate out")
     folder = out or Path("runs") / work.name
@@ -96,7 +106,7 @@ def _said_by(path: Path) -> dict[str, Any]:
     from foreword.artifact import load_prefix
     from foreword.runs import find_prefix
 
-    return load_prefix(find_prefix(path)).metadata
+    return known_of(load_prefix(find_prefix(path)))
 
 
 def _print_run(result: TrainResult, tested: Evaluation | None, folder: Path, work: Task) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from inspect import signature
 from typing import Any
 
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, DataError
 from foreword.tasks.classification import ag_news, sst2, trec
 from foreword.tasks.conll import ConllFiles
 from foreword.tasks.e2e import E2E
@@ -21,14 +21,13 @@ from foreword.tasks.trails import Trails
 
 __all__ = [
     "E2E", "AnyExample", "ConllFiles", "Example", "FewShot", "FileTask", "Labelled", "LabelledFiles", "SkippedRow",
-    "Split", "Tagged", "Task", "Trails", "get_task", "list_tasks",
+    "Split", "Tagged", "Task", "Trails", "get_task", "list_tasks", "reading_of",
 ]  # fmt: skip
 
+_OWN: dict[str, Any] = {"files": FileTask, "labelled": LabelledFiles, "conll": ConllFiles}
 _TASKS: dict[str, Callable[..., Task]] = {
     "e2e": E2E,
-    "files": FileTask,
-    "labelled": LabelledFiles,
-    "conll": ConllFiles,
+    **_OWN,
     "trails": Trails,
     "sst2": sst2,
     "trec": trec,
@@ -61,6 +60,27 @@ def get_task(name: str, **options: Any) -> Task:
         if option not in known:
             raise ConfigError(f"option {option!r} of task {name!r}", _one_of(known), "leave it out")
     return _TASKS[name](**options)
+
+
+def reading_of(known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """How a prefix says that it reads a user's own rows: the task and its options; "" for one that does not say.
+
+    What stands in a prefix is anybody's: `DataError` for options that do not say how rows are read.
+
+    >>> reading_of({"reading": {"task": "labelled", "options": {"text_column": "review"}}})
+    ('labelled', {'text_column': 'review'})
+    """
+    reading = known.get("reading")
+    if reading is None:
+        return "", {}
+    expected = "a task for rows of one's own, and its columns and templates"
+    if not isinstance(reading, dict) or reading.get("task") not in _OWN or not isinstance(reading.get("options"), dict):
+        raise DataError("a prefix whose `reading` is none", expected, "train it again")
+    for name, value in reading["options"].items():
+        texts = value if isinstance(value, list) else [value]
+        if name not in _OWN[reading["task"]]._row_options or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"a prefix that reads rows by {name!r}", expected, "train it again")
+    return reading["task"], dict(reading["options"])
 
 
 def _one_of(names: Iterable[str]) -> str:

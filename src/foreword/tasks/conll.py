@@ -49,6 +49,7 @@ class ConllFiles(OwnFiles):
     labels: tuple[str, ...] = field(default=(), init=False)
 
     _unit = "sentence"
+    _reader = "conll"
     _row_options = ("words_column", "tags_column")
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ class FileTask(OwnFiles):
     kind: str = field(default="generation", init=False)
     labels: tuple[str, ...] = field(default=(), init=False)
 
+    _reader = "files"
     _row_options = ("prompt_column", "completion_column", "template", "completion_template", "references")
 
     def __post_init__(self) -> None:

@@ -52,6 +52,7 @@ class LabelledFiles(OwnFiles):
     kind: str = field(default="classification", init=False)
 
     _unit = "text"
+    _reader = "labelled"
     _row_options = ("text_column", "text_pair_column", "label_column", "label_words", "template")
 
     def __post_init__(self) -> None:

@@ -27,17 +27,19 @@ class OwnFiles(ABC):
     dev_fraction: float
     seed: int
     _unit = "prompt"  # what is not to be on both sides of train and dev
+    _reader: str  # what this kind of files is called
     _row_options: tuple[str, ...]  # the options that say how a row is read
 
     @property
-    def row_options(self) -> dict[str, Any]:
-        """How rows are read, so that other files can be read the same way."""
+    def reading(self) -> dict[str, Any]:
+        """How rows are read, as plain values, so that others can be read the same way: see `reading_of`."""
         values = {name: getattr(self, name) for name in self._row_options}
-        return {
+        options = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
             if value not in (None, ())
         }
+        return {"task": self._reader, "options": options}
 
     def _set_files(self, *, known: bool = False, **given: str | PathLike[str] | None) -> None:
         """Take the files; none is needed where the labels are `known`, to predict them of other rows."""

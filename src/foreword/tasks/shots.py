@@ -47,7 +47,7 @@ class FewShot:
         self.name, self.kind, self.labels = task.name, task.kind, task.labels
         self.instruction, self.metrics = task.instruction, task.metrics
         self.max_new_tokens, self.stop = task.max_new_tokens, task.stop
-        self.row_options = getattr(task, "row_options", {})
+        self.reading = getattr(task, "reading", None)
         self._classes = entity_types(task.labels) if task.kind == "tagging" else task.labels
 
     def split(self, name: str, limit: int | None = None, strict: bool = False) -> Split:
