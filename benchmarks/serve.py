@@ -1,6 +1,6 @@
 """Serving many prefixes at once, beside the plain ways: what the engine gains, and what a prefix costs.
 
-    python benchmarks/serve.py            # about 15 minutes on 2 cores
+    python benchmarks/serve.py            # about 10 minutes on 2 cores
     python benchmarks/serve.py --quick    # a smoke test; its figures mean little
 
 Sides take turns in one process, in an order that moves on from round to round, on the same prompts and with as many new
@@ -46,7 +46,7 @@ from foreword.store import PrefixStore
 
 BASE, LENGTH = "smollm2-135m", 10
 # Registered prefixes, concurrent requests, tokens of a prompt and of an answer, rounds, first tokens that are timed.
-FULL = {"registered": 10_000, "requests": 32, "prompt": 64, "new": 64, "rounds": 5, "firsts": 60, "alone": 6}
+FULL = {"registered": 10_000, "requests": 32, "prompt": 64, "new": 64, "rounds": 3, "firsts": 60, "alone": 4}
 QUICK = {"registered": 100, "requests": 8, "prompt": 16, "new": 8, "rounds": 1, "firsts": 6, "alone": 2}
 
 

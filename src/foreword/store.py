@@ -361,8 +361,8 @@ def _check_name(text: str, what: str) -> None:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a name in the root is one of the store's own."""
-    return name in (_OBJECTS, _STAGING) or name.startswith(_CATALOG)
+    """Whether a name in the root is the store's own, or that of a server which runs on it."""
+    return name in (_OBJECTS, _STAGING) or name.startswith((_CATALOG, "tenants.sqlite", "audit.jsonl"))
 
 
 def _is_object(path: Path) -> bool:

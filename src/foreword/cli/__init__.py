@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from foreword.cli import (
+    admin,
     bench,
     check,
     compare,
@@ -23,8 +24,10 @@ from foreword.cli import (
     prefixes,
     probe,
     prune,
+    serve,
     similarity,
     store,
+    tenant,
     train,
 )
 from foreword.cli.console import note
@@ -50,7 +53,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="foreword",
-    help="Train, evaluate and use prefixes: small key/value blocks in front of a frozen language model's attention.",
+    help="Train, evaluate and serve prefixes: small key/value blocks in front of a frozen language model's attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,7 +72,10 @@ app.command("similarity")(similarity.similarity)
 app.command("check")(check.check)
 app.command("models")(models.models)
 app.command("demo")(demo.demo)
+app.command("serve")(serve.serve)
 app.add_typer(store.store, name="store")
+app.add_typer(tenant.tenant, name="tenant")
+app.add_typer(admin.admin, name="admin")
 app.add_typer(bench.app, name="bench")
 
 
@@ -85,7 +91,7 @@ def _version(wanted: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Train, evaluate and use prefixes: small key/value blocks in front of a frozen language model's attention."""
+    """Train, evaluate and serve prefixes: small key/value blocks in front of a frozen language model's attention."""
 
 
 def main() -> None:
