@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foreword.base import BaseModel
-from foreword.frozen import frozen_training
+from foreword.frozen import frozen_training, packed_weights
 from foreword.parallel import checkpoint_layers
 from foreword.prefix import Sites, SiteTensors
 from tiny import tiny_base, tiny_model
@@ -222,3 +222,26 @@ def test_on_a_gpu_nothing_changes() -> None:
     model = tiny_model("llama").requires_grad_(False).cuda()
     with frozen_training(model):
         assert not is_fast(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_packed_weights_change_no_more_than_rounding_and_nothing_afterwards(name: str, dtype: torch.dtype) -> None:
+    model = tiny_model(name).to(dtype).requires_grad_(False)
+    ids = torch.arange(3, 40)[None]
+    before = [set(module.__dict__) for module in model.modules()]
+    with torch.no_grad():
+        wanted = model(ids).logits
+        with frozen_training(model), packed_weights(model):
+            found = model(ids).logits
+            held = [module for module in model.modules() if "_foreword_packed" in module.__dict__]
+        assert len(held) == sum(type(module) is nn.Linear for module in model.modules())
+        scale = float(wanted.abs().max())
+        assert float((found - wanted).abs().max()) <= (1e-5 if dtype == torch.float32 else 3e-2) * scale
+        assert torch.equal(model(ids).logits, wanted)
+    assert [set(module.__dict__) for module in model.modules()] == before
+    with frozen_training(model), packed_weights(model):  # what learns goes the way that has gradients
+        inputs = torch.randn(1, 5, 32, dtype=dtype, requires_grad=True)
+        linear = next(m for m in model.modules() if type(m) is nn.Linear and m.in_features == 32)
+        linear(inputs).sum().backward()
+    assert inputs.grad is not None

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foreword.interface import Binding
 
-__all__ = ["frozen_training"]
+__all__ = ["frozen_training", "packed_weights"]
 
 # Layers whose mathematics `_forward` knows: RMS norm, rotary attention, gated SiLU, two residuals.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -59,6 +59,36 @@ def frozen_training(model: nn.Module) -> Iterator[None]:
         if exchanged:
             stack.enter_context(_kept_memory())
         yield
+
+
+# Where a linear map keeps its weight a second time, laid out for products with few rows.
+_PACKED = "_foreword_packed"
+_FEW_ROWS = 32
+_MOST_PACKED_BYTES = 4 << 30
+
+
+@contextlib.contextmanager
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, linear maps of a frozen model on CPU also hold their weights as oneDNN multiplies them with few rows.
+
+    For passes without gradients. It takes as much memory as these weights again; models with more than 4 GB of them are
+    left as they are. Enter it inside of `frozen_training`.
+    """
+    linears: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and _is_frozen(m)]
+    if not _has_onednn() or sum(linear.weight.nbytes for linear in linears) > _MOST_PACKED_BYTES:
+        yield
+        return
+    exchanged: list[nn.Module] = []
+    try:
+        for linear in linears:
+            linear.__dict__[_PACKED] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _FEW_ROWS)
+            if "forward" not in linear.__dict__:
+                _exchange(linear, _linear_forward(linear), exchanged)
+        yield
+    finally:
+        _restore(exchanged)
+        for linear in linears:
+            linear.__dict__.pop(_PACKED, None)
 
 
 def _exchange(module: nn.Module, forward: Callable[..., Any], exchanged: list[nn.Module]) -> None:
@@ -330,7 +360,9 @@ def _has_onednn() -> bool:
 def _linear(inputs: Tensor, linear: Any, onto: Tensor | None = None) -> Tensor:
     """The linear map, added to `onto` (of the output's shape) if given."""
     weight, bias = linear.weight, linear.bias
-    if inputs.dtype == torch.float32 and _has_onednn():
+    packed = None if torch.is_grad_enabled() else getattr(linear, _PACKED, None)
+    if packed is not None or (inputs.dtype == torch.float32 and _has_onednn()):
+        weight = weight if packed is None else packed
         if onto is None:
             return cast(Tensor, torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], ""))
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(inputs, onto, weight, bias, "add"))
@@ -367,6 +399,8 @@ def _linear_forward(module: Any) -> Callable[[Tensor], Tensor]:
         weight = module.weight
         if input.dtype != weight.dtype or input.device != weight.device or torch.is_autocast_enabled("cpu"):
             return cast(Tensor, original(input))
+        if not torch.is_grad_enabled() and _PACKED in module.__dict__:
+            return _linear(input, module)
         weight = weight.t() if type(module) is Conv1D else weight
         return cast(Tensor, _Linear.apply(input, _Weight(weight, module.bias)))
 

@@ -24,7 +24,8 @@ class FairQueue(Generic[_T]):
     ...     queue.push(tenant, item)
     >>> order = []
     >>> while (taken := queue.pop(lambda item: True)) is not None:
-    ...     order.append(taken[1]), queue.charge(taken[0], 10)
+    ...     order += [taken[1]]
+    ...     _ = queue.charge(taken[0], 10)
     >>> order
     ['a1', 'b1', 'a2']
     """

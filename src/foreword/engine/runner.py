@@ -16,7 +16,7 @@ from foreword.engine.engine import Engine, EngineOptions
 from foreword.engine.request import Event, Finished, Request
 from foreword.engine.tiers import BankStats, PrefixSource, Resident
 from foreword.errors import EngineStopped
-from foreword.frozen import frozen_training
+from foreword.frozen import frozen_training, packed_weights
 
 __all__ = ["EngineRunner", "EngineStats", "Ticket"]
 
@@ -141,7 +141,7 @@ class EngineRunner:
 
     def _run(self) -> None:
         try:
-            with frozen_training(self.engine.base.model):
+            with frozen_training(self.engine.base.model), packed_weights(self.engine.base.model):
                 while self._stop_at is None or (self._has_work() and time.monotonic() < self._stop_at):
                     try:
                         self._take_in()
