@@ -67,9 +67,10 @@ fix: $(STAMP) ## mend style where it can be mended
 docs: $(STAMP) ## write the generated documents anew
 	$(BIN)/python docs/build_cli.py
 
-bench: $(STAMP) ## training speed beside PEFT's prefix tuning, and what gates cost
+bench: $(STAMP) ## training beside PEFT's prefix tuning, what gates cost, and serving
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/gates.py
+	$(BIN)/python benchmarks/serve.py
 
 clean: ## remove the environment, caches and builds
 	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache .grimp_cache dist build

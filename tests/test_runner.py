@@ -117,29 +117,19 @@ def test_the_queue_is_bounded() -> None:
     runner.stop()
 
 
-def test_stopping_finishes_what_runs_and_refuses_the_rest() -> None:
-    base = tiny_base("llama")
-    runner = EngineRunner(base, Source({}), EngineOptions(max_running=1))
-    runner.start()
-    inboxes = [Inbox() for _ in range(3)]
-    for inbox in inboxes:
-        runner.submit(Request(prompt(1, 3), 10), inbox)
-    runner.stop(grace_seconds=30)
-    assert all(inbox.reason() == "length" for inbox in inboxes)
-    assert not runner.alive
-    with pytest.raises(EngineStopped):
-        runner.submit(Request((5,), 2), Inbox())
-
-
-def test_without_grace_what_runs_is_told_that_it_ends() -> None:
+@pytest.mark.parametrize(("grace", "reasons"), [(30, ["length"] * 2), (0, ["shutdown"] * 2)])
+def test_stopping_finishes_what_runs_within_the_grace_and_takes_nothing_new(grace: float, reasons: list[str]) -> None:
     base = tiny_base("llama")
     runner = EngineRunner(base, Source({}), EngineOptions(max_running=1))
     runner.start()
     inboxes = [Inbox() for _ in range(3)]
     for inbox in inboxes:
         runner.submit(Request(prompt(1, 3), 60), inbox)
-    runner.stop(grace_seconds=0)
-    assert [inbox.reason() for inbox in inboxes][1:] == ["shutdown", "shutdown"]
+    runner.stop(grace)
+    assert [inbox.reason() for inbox in inboxes][1:] == reasons
+    assert not runner.alive
+    with pytest.raises(EngineStopped):
+        runner.submit(Request((5,), 2), Inbox())
 
 
 def test_an_engine_that_fails_outside_of_a_pass_tells_all_and_goes_on(

@@ -22,7 +22,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foreword import catalog as catalog_module
 from foreword.artifact import HEADER, TENSORS, load_prefix, read_header, save_prefix
 from foreword.errors import PrefixFormatError, PrefixMismatch, RunError, StorageError, StoreError
 from foreword.prefix import Head, Prefix
@@ -406,7 +405,7 @@ def test_removing_a_tenant_leaves_no_byte_of_it(store: PrefixStore, seed: int) -
 
 def test_a_long_read_keeps_the_log_and_is_told(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put(filled(1, note="marked"), "x", "acme")
-    monkeypatch.setattr(catalog_module, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("foreword.database.BUSY_SECONDS", 0.1)
     with PrefixStore(store.root) as other:
         reader = sqlite3.connect(store.root / "store.sqlite", isolation_level=None)
         reader.execute("BEGIN")
@@ -982,7 +981,7 @@ def test_a_damaged_catalog_is_told(store: PrefixStore) -> None:
 
 def test_one_holder_is_not_waited_for_without_end(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put(filled(1), "x")
-    monkeypatch.setattr(catalog_module, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("foreword.database.BUSY_SECONDS", 0.1)
     with PrefixStore(store.root) as other, store._catalog.writing():
         with pytest.raises(StoreError, match="has been held by another process .* try again"):
             other.put(filled(2), "x")

@@ -7,20 +7,18 @@ ends with the process that holds it.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from foreword import database
 from foreword.errors import ForewordError, StorageError, StoreError
 from foreword.storage import locked, storage_errors
 
 __all__ = ["Catalog", "StoredPrefix"]
 
 _SCHEMA_VERSION = 1
-_BUSY_SECONDS = 60.0  # how long a writer waits for the one before it
 
 # A row of `names` outlives its newest version, so that a number means one content as long as the name is there.
 _SCHEMA = (
@@ -39,9 +37,6 @@ _SCHEMA = (
         tenant TEXT NOT NULL, name TEXT NOT NULL, last_version INTEGER NOT NULL, PRIMARY KEY (tenant, name)
     ) WITHOUT ROWID""",
 )
-
-# SQLite forbids a forked child to touch its parent's connections, even to close them: they stay here.
-_INHERITED: list[list[sqlite3.Connection]] = []
 
 
 class StoredPrefix(NamedTuple):
@@ -78,69 +73,18 @@ _IS_CURRENT = (
 )
 
 
-class Catalog:
+class Catalog(database.Database):
     """The SQLite file of a store; made where it does not exist. Any number of threads and processes may use it at once.
 
     Raises `StoreError` for a file that is none or of a newer format, `StorageError` where the disk refuses.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._idle: list[sqlite3.Connection] = []
-        self._process = os.getpid()
+        # No copy of what is deleted goes to a temporary file.
+        super().__init__(path, lambda error: _explained(error, path), ("temp_store = MEMORY",))
         # The change to write-ahead mode is the one step that SQLite does not queue.
         with storage_errors(path), locked(path.parent), self.reading() as connection:
             _set_up(connection, path)
-
-    def close(self) -> None:
-        """Close the connections that nobody uses at the moment; the catalog opens new ones when asked again."""
-        self._leave_inherited()
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    # Transactions
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection that is the block's own. After an exception it is closed, which undoes what was begun."""
-        self._leave_inherited()
-        try:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                connection = self._open()
-            try:
-                yield connection
-            except BaseException:
-                connection.close()
-                raise
-            self._idle.append(connection)
-        except sqlite3.Error as error:
-            raise _explained(error, self.path) from error
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that holds the store's lock; it lasts if the block ends well, else nothing of it does."""
-        with self.reading() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
-
-    def _leave_inherited(self) -> None:
-        if os.getpid() != self._process:
-            _INHERITED.append(self._idle)
-            self._idle, self._process = [], os.getpid()
-
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        # FULL: what is committed is on the disk. What is deleted is overwritten, and no copy goes to a temporary file.
-        for pragma in ("synchronous = FULL", "secure_delete = ON", "temp_store = MEMORY"):
-            connection.execute(f"PRAGMA {pragma}").fetchall()
-        return connection
 
     # Reading
 
@@ -276,6 +220,6 @@ def _explained(error: sqlite3.Error, path: Path) -> ForewordError:
         )  # fmt: skip
     if "locked" in text:
         return StoreError(
-            f"{path} has been held by another process for {_BUSY_SECONDS:.0f} seconds", "a turn", "try again"
+            f"{path} has been held by another process for {database.BUSY_SECONDS:.0f} seconds", "a turn", "try again"
         )
     return StoreError(f"{path} cannot be read ({text})", "the catalog of a store", "bring it back from a backup")

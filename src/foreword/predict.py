@@ -9,7 +9,7 @@ from foreword.base import BaseModel
 from foreword.errors import DataError, PrefixError
 from foreword.evaluate import objective_for, predictions
 from foreword.prefix import Head, Prefix
-from foreword.tasks import Labelled, Split, Tagged, Task, get_task, list_tasks, reading_of
+from foreword.tasks import OWN_TASKS, Labelled, Split, Tagged, Task, get_task, list_tasks, reading_of
 from foreword.tasks.rows import Unusable
 
 __all__ = ["HeadTask", "Prediction", "predict", "reading_task"]
@@ -88,7 +88,7 @@ def reading_task(prefix: Prefix) -> Task:
     own, options = reading_of(known)
     if own == "labelled":
         return get_task(own, labels=labels, **options)
-    if labels and name in list_tasks() and name not in ("files", "labelled", "conll"):
+    if labels and name in list_tasks() and name not in OWN_TASKS:
         task = get_task(name)
         if task.labels == labels and hasattr(task, "unlabelled"):
             return task

@@ -39,7 +39,7 @@ from foreword.storage import storage_errors, sync_folder
 if TYPE_CHECKING:
     from foreword.base import BaseModel
 
-__all__ = ["Freed", "PrefixStore", "Problem", "RemovedTenant", "StoredPrefix", "default_store"]
+__all__ = ["Freed", "PrefixStore", "Problem", "RemovedTenant", "StoredPrefix", "default_store", "is_name"]
 
 _CATALOG, _OBJECTS, _STAGING = "store.sqlite", "objects", "staging"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -182,13 +182,13 @@ class PrefixStore:
 
         A server asks with `[own, ""]`. It takes some ten microseconds, as long for a foreign name as for a missing one.
         """
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             return None
         return next(filter(None, (self._catalog.current(name, tenant) for tenant in tenants)), None)
 
     def versions(self, name: str, tenant: str = "") -> _Versions:
         """All versions of a name, the newest first; none for a name that is not there."""
-        return self._catalog.versions(name, tenant) if _NAME.fullmatch(name) else []
+        return self._catalog.versions(name, tenant) if is_name(name) else []
 
     def path(self, object_id: str) -> Path:
         """The folder of an object, which is an ordinary prefix folder. Do not write there."""
@@ -240,7 +240,7 @@ class PrefixStore:
         Objects stay until `collect_garbage`, for who still reads them. Raises `StoreError` if there is no such version.
         """
         with self._catalog.writing() as connection:
-            there = self._catalog.versions(name, tenant, connection) if _NAME.fullmatch(name) else []
+            there = self._catalog.versions(name, tenant, connection) if is_name(name) else []
             chosen = [each for each in there if version in (None, each.version)]
             if not chosen:
                 what = f"{tenant}/{name}" if tenant else name
@@ -353,8 +353,17 @@ def _entry(prefix: Prefix, object_id: str, name: str, tenant: str) -> StoredPref
     )
 
 
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a prefix or of a tenant.
+
+    >>> is_name("acme"), is_name("a name")
+    (True, False)
+    """
+    return _NAME.fullmatch(text) is not None
+
+
 def _check_name(text: str, what: str) -> None:
-    if not _NAME.fullmatch(text):
+    if not is_name(text):
         raise StoreError(
             f"{what} {text[:80]!r}", "1 to 63 of a-z, 0-9, '.', '_' and '-', first a letter or digit", "choose another"
         )

@@ -26,6 +26,7 @@ __all__ = [
     "Dtype",
     "Json",
     "Limit",
+    "Store",
     "Strict",
     "config_flags",
     "file_flags",
@@ -45,6 +46,10 @@ Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... (default: cuda if there is one)")
 ]
 Dtype = Annotated[str, typer.Option(help="Precision of the base model: auto (as stored), float32 or bfloat16.")]
+Store = Annotated[
+    Path | None,
+    typer.Option("--store", help="The store's folder. (default: $FOREWORD_STORE, else ~/.local/share/foreword/store)"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line, the last one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first rows of the split only.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used, not skip it.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foreword.cli.console import emit, note, say
-from foreword.cli.options import Device, Dtype, Json, load_base
+from foreword.cli.options import Device, Dtype, Json, Store, load_base
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 _Base = Annotated[
     str, typer.Option("--base", "-b", help="Base model: smollm2-135m, a folder or a Hugging Face model id.")
-]
-_Store = Annotated[
-    Path | None,
-    typer.Option("--store", help="The store's folder. (default: $FOREWORD_STORE, else ~/.local/share/foreword/store)"),
 ]
 _Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is all.")]
 _Port = Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")]
@@ -47,7 +43,7 @@ def _server(text: str, least: int = 1) -> Any:
 
 def serve(
     base: _Base,
-    folder: _Store = None,
+    folder: Store = None,
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
     open_: _Open = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foreword.cli.console import bar, emit, note, say, table
-from foreword.cli.options import Json
+from foreword.cli.options import Json, Store
 from foreword.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ store = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Store = Annotated[
-    Path | None,
-    typer.Option("--store", help="The store's folder. (default: $FOREWORD_STORE, else ~/.local/share/foreword/store)"),
-]
 _Tenant = Annotated[str, typer.Option(help="Whose prefix it is. (default: shared with all)")]
 _NewName = Annotated[
     str | None, typer.Option("--name", help="1 to 63 of a-z, 0-9, '.', '_', '-'. (default: the folder's)")
@@ -41,7 +37,7 @@ def add(
     path: Annotated[Path, typer.Argument(help="A prefix folder or a run folder.", metavar="RUN_OR_PREFIX")],
     name: _NewName = None,
     tenant: _Tenant = "",
-    folder: _Store = None,
+    folder: Store = None,
     as_json: Json = False,
 ) -> None:
     """Publish a prefix as the new version of a name; all of it is checked, and its training state is left out.
@@ -67,7 +63,7 @@ def list_(
     base: Annotated[str | None, typer.Option("--base", "-b", help="For one base model only.")] = None,
     all_versions: Annotated[bool, typer.Option("--all-versions", help="Former versions too.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="The first of them only.")] = 100,
-    folder: _Store = None,
+    folder: Store = None,
     as_json: Json = False,
 ) -> None:
     """List the current versions of all names."""
@@ -94,7 +90,7 @@ def show(
     name: _Name,
     tenant: _Tenant = "",
     version: Annotated[int | None, typer.Option(min=1, help="A former version. (default: the current one)")] = None,
-    folder: _Store = None,
+    folder: Store = None,
     as_json: Json = False,
 ) -> None:
     """Show one version of a name, and which others there are; `foreword show FOLDER` tells what is in its folder."""
@@ -135,7 +131,7 @@ def remove(
     tenant: _Tenant = "",
     version: Annotated[int | None, typer.Option(min=1, help="This version only. (default: all versions)")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that --tenant has, so that no byte is left.")] = False,
-    folder: _Store = None,
+    folder: Store = None,
     as_json: Json = False,
 ) -> None:
     """Remove a name or one of its versions; without its newest version, the one before is current again.
@@ -163,7 +159,7 @@ def remove(
 
 
 @store.command("verify")
-def verify(folder: _Store = None, as_json: Json = False) -> None:
+def verify(folder: Store = None, as_json: Json = False) -> None:
     """Read and hash everything in the store; exits with status 1 if a prefix is damaged or missing."""
     with _opened(folder) as opened:
         with bar("verifying") as progress:
@@ -185,7 +181,7 @@ def verify(folder: _Store = None, as_json: Json = False) -> None:
 
 
 @store.command("gc")
-def gc(folder: _Store = None, as_json: Json = False) -> None:
+def gc(folder: Store = None, as_json: Json = False) -> None:
     """Delete prefixes that no name points at any more, and what writers left that were killed."""
     with _opened(folder) as opened:
         freed = opened.collect_garbage()

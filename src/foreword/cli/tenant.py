@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foreword.cli.console import emit, note, say, table
-from foreword.cli.options import Json
+from foreword.cli.options import Json, Store
 
 if TYPE_CHECKING:
     from foreword.server.audit import Audit
@@ -25,10 +25,6 @@ tenant = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Store = Annotated[
-    Path | None,
-    typer.Option("--store", help="The store's folder. (default: $FOREWORD_STORE, else ~/.local/share/foreword/store)"),
-]
 _Name = Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9, '.', '_' and '-'.")]
 _PerMinute = Annotated[int | None, typer.Option(min=0, help="HTTP requests; 0 is no limit. (default: 600)")]
 _Concurrent = Annotated[int | None, typer.Option(min=0, help="Sequences that run at once. (default: 32)")]
@@ -41,7 +37,7 @@ def add(
     requests_per_minute: _PerMinute = None,
     concurrent: _Concurrent = None,
     queued: _Queued = None,
-    folder: _Store = None,
+    folder: Store = None,
     as_json: Json = False,
 ) -> None:
     """Add a tenant, with a first key. The key is shown this once.
@@ -61,7 +57,7 @@ def limits(
     requests_per_minute: _PerMinute = None,
     concurrent: _Concurrent = None,
     queued: _Queued = None,
-    folder: _Store = None,
+    folder: Store = None,
     as_json: Json = False,
 ) -> None:
     """Change the limits of a tenant; those that are not given stay. A server that runs holds to them at once."""
@@ -82,7 +78,7 @@ def limits(
 def key(
     name: _Name,
     revoke: Annotated[str | None, typer.Option(help="Let the key of this id be valid no longer.")] = None,
-    folder: _Store = None,
+    folder: Store = None,
     as_json: Json = False,
 ) -> None:
     """Make another key for a tenant, or revoke one."""
@@ -97,7 +93,7 @@ def key(
 
 
 @tenant.command("list")
-def list_(folder: _Store = None, as_json: Json = False) -> None:
+def list_(folder: Store = None, as_json: Json = False) -> None:
     """List tenants, their limits, and the ids of their keys."""
     tenants, store, _ = _opened(folder)
     found = [(each, tenants.keys(each.name)) for each in tenants.all()]
@@ -112,7 +108,7 @@ def list_(folder: _Store = None, as_json: Json = False) -> None:
 
 
 @tenant.command("remove")
-def remove(name: _Name, folder: _Store = None, as_json: Json = False) -> None:
+def remove(name: _Name, folder: Store = None, as_json: Json = False) -> None:
     """Remove a tenant with its keys and prefixes, so that no byte of them is left in the store.
 
     A server that runs refuses its keys at once, but may keep its prefixes in memory: use `foreword admin remove-tenant`

@@ -22,9 +22,9 @@ from foreword.server.errors import ApiError, bad_request, unavailable, unknown_m
 from foreword.server.events import Bridge
 from foreword.server.limits import Limits, TenantState
 from foreword.server.metrics import Metrics
-from foreword.server.tenants import AdminKey, Tenant, TenantStore, is_name
+from foreword.server.tenants import AdminKey, Tenant, TenantStore
 from foreword.server.text import Codec
-from foreword.store import PrefixStore, StoredPrefix
+from foreword.store import PrefixStore, StoredPrefix, is_name
 
 __all__ = ["Caller", "Model", "ServerOptions", "Service"]
 

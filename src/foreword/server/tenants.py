@@ -19,15 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from foreword.database import Database
 from foreword.errors import ConfigError, StorageError
 from foreword.server.limits import Limits
 from foreword.storage import storage_errors
+from foreword.store import is_name
 
-__all__ = ["AdminKey", "Key", "Tenant", "TenantStore", "is_name"]
+__all__ = ["AdminKey", "Key", "Tenant", "TenantStore"]
 
 FILE = "tenants.sqlite"
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _KEY = re.compile(r"fw-([0-9a-f]{12})-[A-Za-z0-9_-]{43}")
 _BLANK = bytes(32)
 _LEAST_ADMIN_KEY = 16  # characters
@@ -94,20 +95,21 @@ class TenantStore:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self._idle: list[sqlite3.Connection] = []
+        self._file = Database(self.path, self._explained, ("journal_mode = WAL", "foreign_keys = ON"))
         with storage_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        with self._connection() as connection:
+        with self._file.reading() as connection:
             connection.executescript(_SCHEMA)
 
     def close(self) -> None:
         """Close the file; a store that is used again opens it anew."""
-        while self._idle:
-            self._idle.pop().close()
+        self._file.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def _explained(self, error: sqlite3.Error) -> StorageError:
+        return StorageError(
+            f"cannot use {self.path} ({error})", "a writable place with enough space", "see who holds it"
+        )
 
     # Tenants
 
@@ -132,18 +134,18 @@ class TenantStore:
 
     def get(self, name: str) -> Tenant | None:
         """A tenant by name."""
-        with self._connection() as connection:
+        with self._file.reading() as connection:
             row = connection.execute("SELECT * FROM tenants WHERE name = ?", (name,)).fetchone()
         return None if row is None else _tenant(row)
 
     def all(self) -> list[Tenant]:
         """All tenants by name."""
-        with self._connection() as connection:
+        with self._file.reading() as connection:
             return [_tenant(row) for row in connection.execute("SELECT * FROM tenants ORDER BY name")]
 
     def any(self) -> bool:
         """Whether there is a tenant."""
-        with self._connection() as connection:
+        with self._file.reading() as connection:
             return connection.execute("SELECT 1 FROM tenants LIMIT 1").fetchone() is not None
 
     def remove(self, name: str) -> None:
@@ -166,7 +168,7 @@ class TenantStore:
 
     def keys(self, tenant: str) -> list[Key]:
         """The keys of a tenant, the oldest first."""
-        with self._connection() as connection:
+        with self._file.reading() as connection:
             rows = connection.execute(
                 "SELECT id, tenant, created_seconds FROM keys WHERE tenant = ? ORDER BY created_seconds, id", (tenant,)
             )
@@ -182,7 +184,7 @@ class TenantStore:
     def find(self, key: str) -> Tenant | None:
         """Whose key it is, if anybody's."""
         match = _KEY.fullmatch(key)
-        with self._connection() as connection:
+        with self._file.reading() as connection:
             row = connection.execute(
                 "SELECT hash, tenants.* FROM keys JOIN tenants ON tenants.name = keys.tenant WHERE id = ?",
                 (match[1] if match else "",),
@@ -190,50 +192,12 @@ class TenantStore:
         fits = hmac.compare_digest(_BLANK if row is None else row[0], _hash(key))
         return _tenant(row[1:]) if fits and row is not None else None
 
-    # The file
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection that is the block's own; after an exception it is closed, which undoes what was begun."""
-        try:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                connection = self._open()
-            try:
-                yield connection
-            except BaseException:
-                connection.close()
-                raise
-            self._idle.append(connection)
-        except sqlite3.Error as error:
-            raise StorageError(
-                f"cannot use {self.path} ({error})", "a writable place with enough space", "see who holds it"
-            ) from error
-
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
-            connection.execute(f"PRAGMA {pragma}").fetchall()
-        return connection
-
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[sqlite3.Connection]:
         """One transaction about a tenant."""
         _check(name)
-        with self._connection() as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with self._file.writing() as connection:
             yield connection
-            connection.execute("COMMIT")
-
-
-def is_name(text: str) -> bool:
-    """Whether a text can be the name of a tenant or of a prefix.
-
-    >>> is_name("acme"), is_name("a name")
-    (True, False)
-    """
-    return _NAME.fullmatch(text) is not None
 
 
 def _hash(key: str) -> bytes:

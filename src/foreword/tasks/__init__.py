@@ -20,11 +20,12 @@ from foreword.tasks.task import AnyExample, Example, Labelled, SkippedRow, Split
 from foreword.tasks.trails import Trails
 
 __all__ = [
-    "E2E", "AnyExample", "ConllFiles", "Example", "FewShot", "FileTask", "Labelled", "LabelledFiles", "SkippedRow",
-    "Split", "Tagged", "Task", "Trails", "get_task", "list_tasks", "reading_of",
+    "E2E", "OWN_TASKS", "AnyExample", "ConllFiles", "Example", "FewShot", "FileTask", "Labelled", "LabelledFiles",
+    "SkippedRow", "Split", "Tagged", "Task", "Trails", "get_task", "list_tasks", "reading_of",
 ]  # fmt: skip
 
 _OWN: dict[str, Any] = {"files": FileTask, "labelled": LabelledFiles, "conll": ConllFiles}
+OWN_TASKS = tuple(_OWN)  # those that read a user's own rows
 _TASKS: dict[str, Callable[..., Task]] = {
     "e2e": E2E,
     **_OWN,
