@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -52,7 +52,7 @@ def frozen_training(model: nn.Module) -> Iterator[None]:
         stack.callback(_restore, exchanged)
         for layer in model.modules():
             if _is_known(layer):
-                _exchange(layer, _layer_forward(layer), exchanged)
+                _exchange(layer, _LayerForward(layer), exchanged)
         for module in model.modules():
             if _is_linear(module):
                 _exchange(module, _linear_forward(module), exchanged)
@@ -61,7 +61,7 @@ def frozen_training(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# Where a linear map keeps its weight a second time, laid out for products with few rows.
+# Where a module keeps weights a second time, laid out for products with few rows.
 _PACKED = "_foreword_packed"
 _FEW_ROWS = 32
 _MOST_PACKED_BYTES = 4 << 30
@@ -74,21 +74,41 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     For passes without gradients. It takes as much memory as these weights again; models with more than 4 GB of them are
     left as they are. Enter it inside of `frozen_training`.
     """
-    linears: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and _is_frozen(m)]
+    linears = {m: None for m in model.modules() if type(m) is nn.Linear and _is_frozen(m)}
     if not _has_onednn() or sum(linear.weight.nbytes for linear in linears) > _MOST_PACKED_BYTES:
         yield
         return
+    holders: list[nn.Module] = []
     exchanged: list[nn.Module] = []
     try:
+        for layer in model.modules():
+            if isinstance(layer.__dict__.get("forward"), _LayerForward):
+                for module, parts in _side_by_side(layer):
+                    _pack(module, parts, holders)
+                    for part in parts:
+                        linears.pop(part)
         for linear in linears:
-            linear.__dict__[_PACKED] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _FEW_ROWS)
+            _pack(linear, (linear,), holders)
             if "forward" not in linear.__dict__:
                 _exchange(linear, _linear_forward(linear), exchanged)
         yield
     finally:
         _restore(exchanged)
-        for linear in linears:
-            linear.__dict__.pop(_PACKED, None)
+        for holder in holders:
+            holder.__dict__.pop(_PACKED, None)
+
+
+def _pack(holder: nn.Module, linears: tuple[Any, ...], holders: list[nn.Module]) -> None:
+    """Let a module hold the weights of linear maps of the same inputs, packed as one."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    if biases and len(biases) < len(linears):
+        biases = [
+            linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
+        ]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW_ROWS)
+    holder.__dict__[_PACKED] = _Weight(packed, torch.cat(biases) if biases else None)
+    holders.append(holder)
 
 
 def _exchange(module: nn.Module, forward: Callable[..., Any], exchanged: list[nn.Module]) -> None:
@@ -185,14 +205,22 @@ def _is_hooked(module: nn.Module) -> bool:
 # A decoder layer
 
 
-def _layer_forward(layer: Any) -> Callable[..., Tensor]:
-    """The exchanged `forward` of a decoder layer."""
-    original = layer.forward
-    attention = layer.self_attn
-    eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-    parts = [module for module in layer.modules() if module is not layer]
+def _side_by_side(layer: Any) -> tuple[tuple[nn.Module, tuple[Any, ...]], ...]:
+    """Linear maps of a layer that have the same inputs, with the module that they are in."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (attention, (attention.q_proj, attention.k_proj, attention.v_proj)), (mlp, (mlp.gate_proj, mlp.up_proj))
 
-    def forward(
+
+class _LayerForward:
+    """The exchanged `forward` of a decoder layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.original = layer, layer.forward
+        self.eager = getattr(sys.modules[type(layer.self_attn).__module__], "eager_attention_forward", None)
+        self.parts = [module for module in layer.modules() if module is not layer]
+
+    def __call__(
+        self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -201,6 +229,7 @@ def _layer_forward(layer: Any) -> Callable[..., Tensor]:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        layer, attention = self.layer, self.layer.self_attn
         weight = attention.q_proj.weight
         if (
             past_key_values is not None
@@ -210,18 +239,18 @@ def _layer_forward(layer: Any) -> Callable[..., Tensor]:
             or not hidden_states.device == weight.device == position_embeddings[0].device
             or (layer.gradient_checkpointing and layer.training)
             or torch.is_autocast_enabled("cpu")
-            or any(_is_hooked(part) for part in parts)
+            or any(_is_hooked(part) for part in self.parts)
         ):
             return cast(
                 Tensor,
-                original(
+                self.original(
                     hidden_states, attention_mask=attention_mask, position_ids=position_ids,
                     past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings,
                     **kwargs,
                 ),
             )  # fmt: skip
         query, key, value = _Inputs.apply(hidden_states, *position_embeddings, layer)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, self.eager)
         window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         attended, _ = attend(
             attention, query, key, value, attention_mask,
@@ -230,8 +259,6 @@ def _layer_forward(layer: Any) -> Callable[..., Tensor]:
             **({} if window is None else {"sliding_window": window}), **kwargs,
         )  # fmt: skip
         return cast(Tensor, _Outputs.apply(hidden_states, attended, layer))
-
-    return forward
 
 
 class _Inputs(torch.autograd.Function):
@@ -245,10 +272,8 @@ class _Inputs(torch.autograd.Function):
         attention = layer.self_attn
         shape = (*hidden.shape[:2], -1, attention.head_dim)
         normed, scale = _norm(hidden, layer.input_layernorm)
-        query, key, value = (
-            _linear(normed, projection).view(shape)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        query, key, value = (each.view(shape) for each in _linears_of(normed, attention, projections))
         heads: list[Tensor] = []
         if hasattr(attention, "q_norm"):
             before = query, key
@@ -286,7 +311,7 @@ class _Outputs(torch.autograd.Function):
         attended = attended.reshape(*residual.shape[:2], -1)
         hidden = _linear(attended, layer.self_attn.o_proj, residual)
         normed, scale = _norm(hidden, layer.post_attention_layernorm)
-        gate, up = _linear(normed, layer.mlp.gate_proj), _linear(normed, layer.mlp.up_proj)
+        gate, up = _linears_of(normed, layer.mlp, (layer.mlp.gate_proj, layer.mlp.up_proj))
         ctx.save_for_backward(hidden, scale, gate, up)
         ctx.layer = layer
         return _linear(nn.functional.silu(gate).mul_(up), layer.mlp.down_proj, hidden)
@@ -362,7 +387,7 @@ def _linear(inputs: Tensor, linear: Any, onto: Tensor | None = None) -> Tensor:
     weight, bias = linear.weight, linear.bias
     packed = None if torch.is_grad_enabled() else getattr(linear, _PACKED, None)
     if packed is not None or (inputs.dtype == torch.float32 and _has_onednn()):
-        weight = weight if packed is None else packed
+        weight = weight if packed is None else packed.weight
         if onto is None:
             return cast(Tensor, torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], ""))
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(inputs, onto, weight, bias, "add"))
@@ -370,6 +395,15 @@ def _linear(inputs: Tensor, linear: Any, onto: Tensor | None = None) -> Tensor:
         return nn.functional.linear(inputs, weight, bias)
     out = torch.addmm(onto.flatten(0, -2), inputs.flatten(0, -2), weight.t()).view(onto.shape)
     return out if bias is None else out.add_(bias)
+
+
+def _linears_of(inputs: Tensor, module: nn.Module, linears: tuple[Any, ...]) -> Sequence[Tensor]:
+    """Linear maps of the same inputs; one product if their module holds them packed."""
+    packed = module.__dict__.get(_PACKED)
+    if packed is None:
+        return [_linear(inputs, linear) for linear in linears]
+    together = torch.ops.mkldnn._linear_pointwise(inputs, packed.weight, packed.bias, "none", [], "")
+    return cast(Tensor, together).split([len(linear.weight) for linear in linears], dim=-1)
 
 
 def _input_grad(grad: Tensor, linear: Any, onto: Tensor | None = None) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +55,7 @@ def serve(
     max_running: Annotated[int, _engine("Sequences in one batch.")] = 32,
     max_waiting: Annotated[int, _engine("Sequences that wait; more are refused with 429.")] = 256,
     max_tokens: Annotated[int, _engine("Prompt and answer together; 0 is what the model has, at most 4096.", 0)] = 0,
-    prefill_tokens: Annotated[int, _engine("Tokens of prompts that one step reads.")] = 128,
+    prefill_tokens: Annotated[int, _engine("Tokens of prompts that one step reads.")] = 256,
     bank_bytes: Annotated[int, _engine("Memory for prefixes on the device.", 0)] = 512 << 20,
     host_bytes: Annotated[int, _engine("With a GPU: memory for prefixes beside it.", 0)] = 2 << 30,
     request_timeout: Annotated[float, _server("Seconds until a request is given up.", 0)] = 600.0,
@@ -69,27 +72,45 @@ def serve(
 
     foreword serve --base smollm2-135m
     """
-    from foreword.server import require
-
-    require()
-    from foreword.server.run import Server, listen
-
     key = _admin_key(admin_key_file)
-    with listen(host, port) as bound:  # before the model is loaded: who waits for that wants no surprise after it
-        engine: dict[str, Any] = {
-            "max_running": max_running, "max_waiting": max_waiting, "max_tokens": max_tokens,
-            "prefill_tokens": prefill_tokens, "bank_bytes": bank_bytes, "host_bytes": host_bytes,
-        }  # fmt: skip
-        server: dict[str, Any] = {
-            "needs_keys": not open_, "model_name": name, "request_timeout_seconds": request_timeout,
-            "grace_seconds": grace, "max_body_bytes": max_body_bytes, "max_sequences": max_sequences,
-        }  # fmt: skip
-        _log()
-        service = _service(base, folder, key, engine, server, dtype, device)
+    engine: dict[str, Any] = {
+        "max_running": max_running, "max_waiting": max_waiting, "max_tokens": max_tokens,
+        "prefill_tokens": prefill_tokens, "bank_bytes": bank_bytes, "host_bytes": host_bytes,
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "needs_keys": not open_, "model_name": name, "request_timeout_seconds": request_timeout,
+        "grace_seconds": grace, "max_body_bytes": max_body_bytes, "max_sequences": max_sequences,
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        with _uncollected():
+            from foreword.server import require
+
+            require()
+            from foreword.server.run import Server, listen
+
+            bound = stack.enter_context(listen(host, port))  # who waits for the model wants no surprise after it
+            _log()
+            service = _service(base, folder, key, engine, options, dtype, device)
+            server = Server(service)
         if open_ and host not in _LOCAL:
             note(f"warning: whoever reaches {host} can use this server; give tenants keys and leave out --open")
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-        Server(service).serve_until_stopped(bound, on_ready=lambda: _announce(service, address, as_json))
+        server.serve_until_stopped(bound, on_ready=lambda: _announce(service, address, as_json))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, the garbage collector is off, and what was made there it never looks at again.
+
+    Imports make half a million objects that stay: a look at all of them takes 0.2 s, several times during the start,
+    and later between two tokens.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _service(

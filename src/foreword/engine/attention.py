@@ -51,6 +51,8 @@ class Ragged(AttendingCall):
         self.texts = [cache.texts[row] + step for row, step in zip(self.rows, steps, strict=True)]
         self._plans: dict[tuple[tuple[int, ...], int | None], _Plan] = {}
         self.windows: dict[Site, int | None] = {}
+        used = slice(cache.used)
+        self._has_masses, self._has_gates = any(cache.masses[used]), any(cache.poolings[used])
 
     def attend(
         self, site: Site, query: Tensor, key: Tensor, value: Tensor, hidden: Callable[[], Tensor],
@@ -107,7 +109,7 @@ class Ragged(AttendingCall):
 
     def _with_masses(self, site: Site, seen: Tensor, rows: Sequence[int]) -> Tensor:
         """What rows see, with the log masses of their slots added."""
-        if not any(site in self.cache.masses[row] for row in rows):
+        if not self._has_masses or not any(site in self.cache.masses[row] for row in rows):
             return seen
         seen = seen.expand(len(rows), -1, -1, -1).clone()
         for place, row in enumerate(rows):
@@ -119,6 +121,8 @@ class Ragged(AttendingCall):
     def _writing_gate(self, site: Site, hidden: Callable[[], Tensor], width: int) -> Tensor | None:
         """The gates of the writing rows `[writing, 1, 1, slots]`, 1 where a row has none; None if no row has any."""
         n, cache = self.writing, self.cache
+        if not self._has_gates:
+            return None
         gated = [cache.poolings[row].get(site) == "token" for row in range(n)]
         if not any(gated):
             return None
@@ -176,6 +180,8 @@ def attend_rows(
     grouped = query.reshape(rows, kv_heads, groups * tokens, dim)
     if gate is None and options.softcap is None and options.sinks is None:
         mask = seen.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(len(seen), 1, groups * tokens, width)
+        if tokens == 1 and query.device.type == "cpu" and query.dtype == torch.float32:
+            return _attend_one(grouped, keys, values, mask, options.scaling).view(rows, heads, tokens, -1)
         fused = torch.nn.functional.scaled_dot_product_attention
         return fused(grouped, keys, values, attn_mask=mask, scale=options.scaling).reshape(rows, heads, tokens, -1)
     scores = (grouped @ keys.transpose(2, 3)).view(rows, kv_heads, groups, tokens, width)
@@ -192,3 +198,11 @@ def attend_rows(
     if gate is not None:
         weights[..., : gate.shape[-1]] *= gate.unsqueeze(2)
     return (weights.view(rows, kv_heads, groups * tokens, width) @ values).reshape(rows, heads, tokens, -1)
+
+
+def _attend_one(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Plain attention of few queries `[rows, kv_heads, queries, key_dim]`: there faster than the kernel's blocks."""
+    rows, kv_heads, queries, _ = query.shape
+    mask = mask.expand(rows, kv_heads, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(mask, query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scaling)
+    return torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1)).view(rows, kv_heads, queries, -1)

@@ -46,7 +46,7 @@ class EngineOptions:
     max_running: int = 32
     max_waiting: int = 256
     max_tokens: int = 0
-    prefill_tokens: int = 128
+    prefill_tokens: int = 256
     bank_bytes: int = 512 << 20
     host_bytes: int = 2 << 30
 

@@ -17,6 +17,7 @@ from foreword.engine.request import Event, Finished, Request
 from foreword.engine.tiers import BankStats, PrefixSource, Resident
 from foreword.errors import EngineStopped
 from foreword.frozen import frozen_training, packed_weights
+from foreword.threads import release_team
 
 __all__ = ["EngineRunner", "EngineStats", "Ticket"]
 
@@ -77,6 +78,7 @@ class EngineRunner:
 
     def start(self) -> None:
         """Begin to step."""
+        release_team()  # of the caller, who has loaded the model and would now slow the engine's own
         self._thread.start()
 
     @property

@@ -18,6 +18,7 @@ import torch
 
 from foreword.errors import EngineStopped
 from foreword.prefix import Prefix, Sites
+from foreword.threads import release_team
 
 __all__ = ["BankStats", "PrefixBank", "PrefixSource", "Resident"]
 
@@ -196,4 +197,5 @@ class PrefixBank:
                     del self._loading[key]
             with contextlib.suppress(InvalidStateError):
                 future.set_exception(error)
+        release_team()
         self._on_change()
