@@ -7,7 +7,8 @@ Sides take turns in one process, in an order that moves on from round to round, 
 tokens; a ratio is the median over rounds. Tokens per second count what is written, with the reading of prompts in the
 time. The last line is one JSON document:
 
-* `ratio_vs_no_prefix`: 32 requests through 32 prefixes, against the same requests through none (above 0.95 is wanted)
+* `ratio_vs_no_prefix`: 32 requests through 32 prefixes, against the same requests through none (above 0.95 is wanted);
+  `_from_disk` the same with none of the prefixes in memory
 * `ratio_vs_peft_switching`: against PEFT prefix tuning that sets each request's adapter and generates (8)
 * `ratio_vs_generate`: against `transformers` `generate` on one static batch of the base model alone (1.3)
 * `cold_ttft_p95_extra_ms`: the 95th percentile of the time to the first token of a prefix that is on the disk alone,
@@ -86,7 +87,6 @@ class Served:
         options = EngineOptions(max_running=rows, max_waiting=1024, bank_bytes=bank_bytes)
         self.runner = EngineRunner(base, store, options)
         self.runner.start()
-        self.seconds([(1, 2, 3)], 2, [None])  # what a start costs is measured elsewhere
 
     def seconds(self, prompts: list[tuple[int, ...]], new: int, keys: list[str | None]) -> float:
         ends = [threading.Event() for _ in prompts]
@@ -189,34 +189,44 @@ def throughput(base: fw.BaseModel, store: PrefixStore, dtype: str, sizes: dict[s
     generator = random.Random(0)
     prompts = [tuple(generator.choices(range(100, 40_000), k=sizes["prompt"])) for _ in range(count)]
     keys: list[str | None] = [store.resolve(f"p{number}", [""]).object_id for number in range(count)]  # type: ignore[union-attr]
-    served, switched = Served(base, store, rows=count), Switched(dtype, sizes["alone"])
-    few = prompts[: sizes["alone"]]
-    sides: dict[str, Callable[[], float]] = {
-        "prefixes": lambda: count * new / served.seconds(prompts, new, keys),
-        "no_prefix": lambda: count * new / served.seconds(prompts, new, [None] * count),
-        "generate": lambda: count * new / generate_seconds(base, prompts, new),
-        "peft": lambda: len(few) * new / switched.seconds(few, new),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(-1, sizes["rounds"]):
+    switched, few = Switched(dtype, sizes["alone"]), prompts[: sizes["alone"]]
+    rates: dict[str, list[float]] = {}
+
+    def measure(turn: int, sides: dict[str, Callable[[], float]]) -> None:
+        names = list(sides)
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
-            if name == "generate":  # it is to run without the engine's faster layers
-                served.close()
-                rate = sides[name]()
-                served = Served(base, store, rows=count)
-            else:
-                rate = sides[name]()
+            rate = sides[name]()
             if turn >= 0:
-                rates[name].append(rate)
+                rates.setdefault(name, []).append(rate)
+
+    for turn in range(-1, sizes["rounds"]):
+        served = Served(base, store, rows=count)
+        served.seconds(prompts, new, keys)  # what a start costs is measured elsewhere
+
+        def from_disk(served: Served = served) -> float:
+            for key in keys:
+                served.runner.evict(str(key))
+            return count * new / served.seconds(prompts, new, keys)
+
+        measure(turn, {
+            "prefixes": lambda served=served: count * new / served.seconds(prompts, new, keys),
+            "no_prefix": lambda served=served: count * new / served.seconds(prompts, new, [None] * count),
+            "from_disk": from_disk,
+        })  # fmt: skip
+        served.close()  # the others run without the engine's faster layers
+        measure(turn, {
+            "generate": lambda: count * new / generate_seconds(base, prompts, new),
+            "peft": lambda: len(few) * new / switched.seconds(few, new),
+        })  # fmt: skip
         note(f"{dtype} round {turn + 1} of {sizes['rounds']}")
-    served.close()
-    ratio = {
-        name: statistics.median(ours / theirs for ours, theirs in zip(rates["prefixes"], rates[name], strict=True))
-        for name in ("no_prefix", "generate", "peft")
-    }
-    return {"tokens_per_second": {name: statistics.median(each) for name, each in rates.items()}, "ratio": ratio}
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+
+    def ratio(ours: str, theirs: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))
+
+    ratios = {name: ratio("prefixes", name) for name in ("no_prefix", "generate", "peft")}
+    return {"tokens_per_second": medians, "ratio": {**ratios, "from_disk": ratio("from_disk", "no_prefix")}}
 
 
 def first_tokens(base: fw.BaseModel, store: PrefixStore, sizes: dict[str, int], busy: bool) -> dict[str, float]:
@@ -326,11 +336,12 @@ def main() -> None:
             }
             lowest = {
                 name: min(each["ratio"][name] for each in by_dtype.values())
-                for name in ("no_prefix", "peft", "generate")
+                for name in ("no_prefix", "peft", "generate", "from_disk")
             }
             result |= {
                 "ratio_vs_no_prefix": lowest["no_prefix"], "ratio_vs_peft_switching": lowest["peft"],
-                "ratio_vs_generate": lowest["generate"], "throughput": by_dtype,
+                "ratio_vs_generate": lowest["generate"], "ratio_vs_no_prefix_from_disk": lowest["from_disk"],
+                "throughput": by_dtype,
             }  # fmt: skip
         if "first" not in skip:
             for busy in (False, True):
