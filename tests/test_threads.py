@@ -1,5 +1,6 @@
-"""OpenMP teams, seen from outside: the threads that the process has."""
+"""What runs beside the work: OpenMP teams, seen by the threads that the process has, and the garbage collector."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -40,3 +41,17 @@ def test_a_released_team_is_gone_and_comes_back() -> None:
     before, with_team, released, again, end = map(int, done.stdout.split())
     assert with_team == before + 1, "the control: there is a team to release"
     assert released == before and again == with_team and end == before
+
+
+def test_the_collector_rests_while_the_server_starts_and_comes_back() -> None:
+    from foreword.cli.serve import _uncollected
+
+    frozen = gc.get_freeze_count()
+    kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    with pytest.raises(ValueError, match="a start that fails"), _uncollected():
+        assert not gc.isenabled()
+        raise ValueError("a start that fails")
+    try:
+        assert gc.isenabled() and gc.get_freeze_count() >= frozen + len(kept)
+    finally:
+        gc.unfreeze()

@@ -86,7 +86,7 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
                 for module, parts in _side_by_side(layer):
                     _pack(module, parts, holders)
                     for part in parts:
-                        linears.pop(part)
+                        linears.pop(part, None)
         for linear in linears:
             _pack(linear, (linear,), holders)
             if "forward" not in linear.__dict__:
