@@ -1,5 +1,6 @@
 """What runs beside the work: OpenMP teams, seen by the threads that the process has, and the garbage collector."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -48,7 +49,7 @@ def test_the_collector_rests_while_the_server_starts_and_comes_back() -> None:
 
     frozen = gc.get_freeze_count()
     kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
-    with pytest.raises(ValueError, match="a start that fails"), _uncollected():
+    with contextlib.suppress(ValueError), _uncollected():
         assert not gc.isenabled()
         raise ValueError("a start that fails")
     try:
