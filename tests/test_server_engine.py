@@ -10,7 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,27 @@ def test_a_damaged_prefix_harms_nobody_else(server: Live, base: BaseModel, prefi
     assert str(path.parent) not in answer.text
     told = server.complete(model="tiny-llama:p2", prompt=PROMPTS[2], max_tokens=9, temperature=0).json()
     assert told["choices"][0]["text"] == expected(base, PROMPTS[2], prefixes["p2"], 9, [])
+
+
+def test_a_prefix_that_is_removed_while_a_request_waits_is_a_missing_one(
+    server: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, may_load = server.service.store, threading.Event()
+    load = source.load
+
+    def late(key: str) -> Prefix:
+        may_load.wait(30)
+        return load(key)
+
+    monkeypatch.setattr(server.runner.engine.bank._source, "load", late)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, model="tiny-llama:p7", max_tokens=3)
+        while not server.runner.stats().waiting:
+            time.sleep(0.01)
+        assert server.admin("DELETE", "/prefixes/p7").status_code == 200
+        may_load.set()
+        answer = asked.result()
+    assert (answer.status_code, answer.json()) == (404, server.complete(model="tiny-llama:p7").json())
 
 
 def test_log_probabilities_are_those_of_the_model(server: Live, base: BaseModel, prefixes: dict[str, Prefix]) -> None:

@@ -26,7 +26,7 @@ from foreword.engine.queue import FairQueue
 from foreword.engine.request import Event, Finished, Request, Token
 from foreword.engine.sampling import Chooser, choose
 from foreword.engine.tiers import PrefixBank, PrefixSource, Resident
-from foreword.errors import ConfigError, ForewordError, PrefixMismatch, QueueFull
+from foreword.errors import ConfigError, ForewordError, PrefixMismatch, QueueFull, StoreError
 from foreword.prefix import Prefix
 
 __all__ = ["Engine", "EngineOptions"]
@@ -241,7 +241,7 @@ class Engine:
             try:
                 self._begin(sequence)
             except ForewordError as error:
-                self._end(sequence, "error", str(error))
+                self._end(sequence, "gone" if isinstance(error, StoreError) else "error", str(error))
             except Exception as error:
                 _LOG.exception("prefix %s could not be read", sequence.request.prefix)
                 self._end(sequence, "error", f"its prefix could not be read ({type(error).__name__})")

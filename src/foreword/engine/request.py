@@ -97,7 +97,8 @@ class Token(NamedTuple):
 class Finished(NamedTuple):
     """The end of a request, its last event.
 
-    `reason` is `stop`, `length`, `cancelled`, `deadline`, `shutdown` or `error`; `message` says more of an error.
+    `reason` is `stop`, `length`, `cancelled`, `deadline`, `shutdown`, `gone` (its prefix was removed) or `error`;
+    `message` says more of the last two.
     """
 
     reason: str

@@ -284,7 +284,7 @@ def _job(
         )
         for ids in prompts for each in sampling
     ]  # fmt: skip
-    return Job(requests, stop, sum(map(len, prompts)))
+    return Job(requests, stop, sum(map(len, prompts)), model.id)
 
 
 def _check_size(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from foreword.engine import Event, Finished, Request, Ticket, Token
 from foreword.errors import ConfigError, EngineStopped, QueueFull
-from foreword.server.errors import ApiError, bad_request, overloaded, too_late, unavailable
+from foreword.server.errors import ApiError, bad_request, overloaded, too_late, unavailable, unknown_model
 from foreword.server.events import Inbox
 from foreword.server.limits import TenantState
 from foreword.server.text import Codec, StopStrings
@@ -37,6 +37,7 @@ class Job:
     requests: Sequence[Request]
     stop: Sequence[str]
     prompt_tokens: int
+    model: str
 
 
 class Shown(NamedTuple):
@@ -62,7 +63,8 @@ class Output:
     Tokens are shown with the first character of theirs that is; those behind a stop string are not shown.
     """
 
-    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
+    def __init__(self, codec: Codec, stop: Sequence[str], model: str = "") -> None:
+        self._model = model
         self._detokenizer, self._stop = codec.detokenizer(), StopStrings(stop)
         self._decoded = self._length = 0
         self._waiting: deque[Shown] = deque()
@@ -74,7 +76,7 @@ class Output:
         for event in events:
             if isinstance(event, Finished):
                 if event.reason not in ("stop", "length"):
-                    self.failed = _failure(event)
+                    self.failed = _failure(event, self._model)
                     break
                 text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
                 reason = "stop" if self._stop.stopped else event.reason
@@ -122,7 +124,7 @@ class _Clock:
 async def generate(service: Service, tenant: TenantState, job: Job) -> AsyncGenerator[Piece, None]:
     """The pieces of all sequences of a job, as they come; close it to end the job.
 
-    Raises `ApiError`: 400 for what can never run, 429 where too much waits, 503 while the server stops, 504 at the
+    Raises `ApiError`: 400 for what can never run, 404 where the prefix was removed meanwhile, 429 where too much waits, 503 while the server stops, 504 at the
     deadline, 500 for what went wrong.
     """
     clock, timeout = _Clock(service, len(job.requests)), service.options.request_timeout_seconds
@@ -136,7 +138,7 @@ async def generate(service: Service, tenant: TenantState, job: Job) -> AsyncGene
                 tickets[index] = _submit(service, replace(request, deadline_seconds=left), inbox, index)
                 tenant.tickets.add(tickets[index])
             service.metrics.taken(job.prompt_tokens)
-            outputs = [Output(service.codec, job.stop) for _ in job.requests]
+            outputs = [Output(service.codec, job.stop, job.model) for _ in job.requests]
             while tickets:
                 for index, events in (await inbox.take()).items():
                     if index not in tickets:  # it had ended at a stop string
@@ -182,12 +184,14 @@ def _give_up(inbox: Inbox, sequences: int) -> None:
         inbox.put(index, Finished("deadline"))
 
 
-def _failure(event: Finished) -> ApiError:
+def _failure(event: Finished, model: str) -> ApiError:
     """The answer to a request that came to no good end; the engine's own words stay in the log."""
     if event.reason == "deadline":
         return too_late()
     if event.reason == "shutdown":
         return unavailable("The server stopped before the answer was complete.", "shutdown")
+    if event.reason == "gone":  # it was there when the request came, and was removed while that waited
+        return unknown_model(model)
     if event.reason == "cancelled":
         return unavailable("The request was ended by the operator of the server.", "cancelled")
     _LOG.warning("a request failed: %s", event.message)
