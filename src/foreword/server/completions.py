@@ -124,8 +124,8 @@ class _Clock:
 async def generate(service: Service, tenant: TenantState, job: Job) -> AsyncGenerator[Piece, None]:
     """The pieces of all sequences of a job, as they come; close it to end the job.
 
-    Raises `ApiError`: 400 for what can never run, 404 where the prefix was removed meanwhile, 429 where too much waits, 503 while the server stops, 504 at the
-    deadline, 500 for what went wrong.
+    Raises `ApiError`: 400 for what can never run, 404 where the prefix was removed meanwhile, 429 where too much waits,
+    503 while the server stops, 504 at the deadline, 500 for what went wrong.
     """
     clock, timeout = _Clock(service, len(job.requests)), service.options.request_timeout_seconds
     async with tenant.running(len(job.requests), timeout):
