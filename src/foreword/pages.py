@@ -338,6 +338,8 @@ svg.forest{max-width:700px;width:100%;font-size:12px}svg text{fill:var(--ink)}sv
 svg line{stroke-width:2}svg .axis{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3}
 svg .clear line{stroke:var(--mark)}svg .clear circle{fill:var(--mark)}
 svg .unclear line{stroke:var(--soft)}svg .unclear circle{fill:var(--soft)}
+svg.chart{max-width:760px;width:100%;font-size:12px}svg .grid{stroke:var(--line);stroke-width:1}
+svg .base{stroke:var(--soft);stroke-width:1}svg .front{fill:none;stroke:var(--soft);stroke-dasharray:3 3}
 .sortable{width:100%;font-size:.85rem}
 .sortable td,.sortable th{border-bottom:1px solid var(--line);padding:.35em .6em;vertical-align:top}
 .sortable thead th{position:sticky;top:0;background:var(--paper);white-space:nowrap}
