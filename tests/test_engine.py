@@ -144,7 +144,7 @@ class Schedules(RuleBasedStateMachine):
             reason = self.events[number][-1].reason  # type: ignore[union-attr]
             found = written(self.events[number])
             if request.prefix == "missing":
-                assert reason in ("error", "cancelled") and not found
+                assert reason in ("gone", "cancelled") and not found
                 continue
             key = request.prompt, request.max_new_tokens, request.prefix
             if key not in self.known:
@@ -224,7 +224,8 @@ def test_a_load_that_fails_ends_its_own_request_alone() -> None:
     found = drain(engine)
     for key in ("missing", "crash", "foreign"):
         (event,) = found[numbers[key]]
-        assert isinstance(event, Finished) and event.reason == "error" and event.message
+        assert isinstance(event, Finished) and event.reason == ("gone" if key == "missing" else "error")
+        assert event.message
         assert "disk" not in event.message  # what a stranger's error says is for the log
     for key in ("p0", "p1"):
         assert written(found[numbers[key]]) == alone(base, Request(prompt(1, 4), 5), prefixes[key])
