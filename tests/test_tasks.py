@@ -48,14 +48,15 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_tasks_there_are() -> None:
     assert list_tasks() == [
-        "ag_news", "bc5cdr", "boolq", "cb", "conll", "conll04", "copa", "e2e", "fewglue-boolq", "fewglue-cb",
-        "fewglue-copa", "fewglue-rte", "fewglue-wic", "fewglue-wsc", "files", "labelled", "mit_movie", "rte", "sst2",
-        "trails", "trec", "wic", "wikiann", "wikigold", "wnut17", "wsc",
+        "ag_news", "bbc", "bbc-news-to-sports", "bbc-within-news", "bc5cdr", "boolq", "cb", "conll", "conll04", "copa",
+        "dart", "dialogsum", "e2e", "fewglue-boolq", "fewglue-cb", "fewglue-copa", "fewglue-rte", "fewglue-wic",
+        "fewglue-wsc", "files", "labelled", "mit_movie", "rte", "scitldr", "sst2", "trails", "trec", "webnlg",
+        "webnlg-seen", "webnlg-unseen", "wic", "wikiann", "wikigold", "wnut17", "wsc", "xsum", "xsum_subset",
     ]  # fmt: skip
     for name in ("e2e", "trails"):
         task = get_task(name)
         assert isinstance(task, Task) and task.name == name and task.instruction.endswith(".")
-    with pytest.raises(ConfigError, match="task 'e3e'; expected one of ag_news, bc5cdr, .*, wsc; name one"):
+    with pytest.raises(ConfigError, match="task 'e3e'; expected one of ag_news, bbc, .*, xsum_subset; name one"):
         get_task("e3e")
     with pytest.raises(ConfigError, match="option 'folder' of task 'e2e'; expected none"):
         get_task("e2e", folder="x")

@@ -168,7 +168,7 @@ def test_seeds_are_summed_up_and_not_done_twice(tmp_path: Path, monkeypatch: pyt
     assert scores.mean == pytest.approx(np.mean(own)) and scores.std == pytest.approx(np.std(own, ddof=1))
     assert scores.low <= scores.mean <= scores.high
     assert summary["seeds"] == [0, 1, 2] and summary["test"]["rows"] == 9
-    monkeypatch.setattr(sys.modules["foreword.train"], "_Trainer", None)  # a finished run needs no trainer
+    monkeypatch.setattr(sys.modules["foreword.trainer"], "Trainer", None)  # a finished run needs no trainer
     monkeypatch.setattr("foreword.seeds.evaluate", None)
     again = train_seeds(base, None, task, config(), seeds=3, out=out)
     assert again.scores == result.scores
@@ -263,6 +263,12 @@ def test_prediction_of_texts() -> None:
         fw.evaluate(base, None, task)
     with pytest.raises(ConfigError, match="num_beams for task 'toy-classification'; expected no options of generation"):
         fw.evaluate(base, result.prefix, task, num_beams=2)
+    with pytest.raises(fw.ConfigError, match="metric 'coverage' for task .*; expected a metric of labels"):
+        fw.evaluate(base, result.prefix, task, metrics=["accuracy", "coverage"])
+    assert list(fw.evaluate(base, result.prefix, task, metrics=["macro_f1"]).scores) == ["macro_f1"]
+    task.metrics = ("ter",)
+    with pytest.raises(ConfigError, match="metric 'ter' to select by for task .*; expected one of labels, higher"):
+        fw.train(base, None, task, config(**FAST))
     with pytest.raises(ConfigError, match="select 'score' for task 'toy'"):
         fw.train(tiny_base("llama"), None, ToyTask(), config(select="score"))
 

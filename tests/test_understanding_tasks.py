@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from foreword.errors import ConfigError, DataError
 from foreword.metrics import get_metric
-from foreword.tasks import Labelled, SkippedRow, Split, Tagged, Task, get_task, list_tasks
+from foreword.tasks import OWN_TASKS, Labelled, SkippedRow, Split, Tagged, Task, get_task, list_tasks
 from foreword.tasks.bio import bio_labels, check_tags, entity_types, to_bio
 from foreword.tasks.holdout import held_out, in_order
 from foreword.tasks.ner import NER
@@ -24,7 +24,7 @@ from foreword.tasks.source import FOLDER_VARIABLE
 from foreword.tasks.superglue import SUPERGLUE
 
 MIRROR = Path(os.environ.get(FOLDER_VARIABLE, Path(__file__).parent.parent.parent / "shared" / "data"))
-NAMES = [name for name in list_tasks() if name not in ("conll", "e2e", "files", "labelled", "trails")]
+NAMES = [name for name in list_tasks() if name not in OWN_TASKS and get_task(name).kind != "generation"]
 
 # train, dev, test as published, but for the dev split where it is held out of train
 SIZES = {

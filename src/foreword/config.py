@@ -133,6 +133,16 @@ class TrainConfig:
         special=True,
     )
     shots: int = _option(0, "Train on so many rows of each label, drawn by the seed. 0: all rows.", low=0, special=True)
+    rows: int = _option(
+        0, "Train on so many rows, drawn by the seed, and measure on 0.3 times as many others. 0: all rows.", low=0,
+        special=True,
+    )  # fmt: skip
+    fraction: float = _option(
+        1.0, "Train on this share of the rows, drawn by the seed.", above=0.0, high=1.0, special=True
+    )
+    sample_seed: int = _option(
+        -1, "Seed of drawn rows alone. -1: the same as seed.", low=-1, high=2**63 - 1, special=True
+    )
     train_limit: int = _option(0, "Train on the first rows only. 0: all.", low=0)
     dev_limit: int = _option(100, "Measure on the first dev rows only. 0: all.", low=0)
     strict: bool = _option(False, "Stop at the first row that cannot be used, not skip it.")
@@ -160,6 +170,15 @@ class TrainConfig:
             value = _converted(option, getattr(self, option.name))
             object.__setattr__(self, option.name, value)
             _check_range(option, value)
+        ways = {"shots": self.shots > 0, "rows": self.rows > 0, "fraction": self.fraction < 1}
+        if sum(ways.values()) > 1:
+            given = " and ".join(name for name, used in ways.items() if used)
+            raise ConfigError(given, "one way of drawing rows", "leave the others out")
+
+    @property
+    def draws_few(self) -> bool:
+        """Whether a few rows are drawn, for dev too: then all of these count."""
+        return bool(self.shots or self.rows)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -17,7 +17,7 @@ from foreword.prefix import Prefix
 from foreword.probe import Probe, beside, probe, saved_probe
 from foreword.prune import lengths_from, rewound, start_gates_from, with_lengths
 from foreword.runs import find_prefix
-from foreword.tasks import FewShot, Task
+from foreword.tasks import Task, drawn
 
 __all__ = ["RETRAIN", "Start", "drawn_as", "of_seed", "seeds_in"]
 
@@ -80,8 +80,7 @@ def seeds_in(path: Path) -> list[int]:
 
 def drawn_as(prefix: Prefix, task: Task) -> Task:
     """The task with the rows that a prefix was trained and selected on: drawn again where it was trained on a few."""
-    training = prefix.metadata.get("training") or {}
-    return FewShot(task, training["shots"], training["seed"]) if training.get("shots") else task
+    return drawn(task, prefix.metadata.get("training") or {})
 
 
 def of_seed(path: Path, seed: int) -> Path:

@@ -20,6 +20,7 @@ from foreword.cli.options import (
     load_prefixes,
     make_task,
 )
+from foreword.config import TrainConfig
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,8 +96,11 @@ def _next(prefix: Prefix, seeds: int, task: str | None, base: str, folder: Path)
     known = task or prefix.metadata.get("task") or "TASK"
     rows = f"{known} --train ROWS" if known in OWN_TASKS else known
     training = prefix.metadata.get("training") or {}
-    drawn = f" --shots {training['shots']}" if training.get("shots") else ""
-    drawn += f" --seed {training['seed']}" if training.get("seed") else ""
+    drawn = ""
+    for option in ("shots", "rows", "fraction", "sample_seed", "seed"):
+        usual = getattr(TrainConfig, option)
+        if training.get(option, usual) != usual:
+            drawn += f" --{option.replace('_', '-')} {training[option]}"
     several = f" --seeds {seeds}" if seeds > 1 else ""
     again = folder.with_name(f"{folder.name}-retrained")
     return f"foreword train {rows} --base {base} --from {folder} --retrain continue{drawn}{several} --out {again}"

@@ -8,20 +8,28 @@ from inspect import signature
 from typing import Any
 
 from foreword.errors import ConfigError, DataError
+from foreword.tasks.bbc import TRANSFERS, bbc
 from foreword.tasks.classification import ag_news, sst2, trec
 from foreword.tasks.conll import ConllFiles
+from foreword.tasks.dart import dart
+from foreword.tasks.dialogsum import dialogsum
 from foreword.tasks.e2e import E2E
 from foreword.tasks.files import FileTask
 from foreword.tasks.labelled_files import LabelledFiles
 from foreword.tasks.ner import NER, ner
+from foreword.tasks.scitldr import scitldr
 from foreword.tasks.shots import FewShot
+from foreword.tasks.subsample import DataFraction, LowData, drawn
 from foreword.tasks.superglue import SUPERGLUE, fewglue, superglue
 from foreword.tasks.task import AnyExample, Example, Labelled, SkippedRow, Split, Tagged, Task
 from foreword.tasks.trails import Trails
+from foreword.tasks.webnlg import CATEGORIES, webnlg
+from foreword.tasks.xsum import xsum, xsum_subset
 
 __all__ = [
-    "E2E", "OWN_TASKS", "AnyExample", "ConllFiles", "Example", "FewShot", "FileTask", "Labelled", "LabelledFiles",
-    "SkippedRow", "Split", "Tagged", "Task", "Trails", "get_task", "list_tasks", "reading_of",
+    "E2E", "OWN_TASKS", "AnyExample", "ConllFiles", "DataFraction", "Example", "FewShot", "FileTask", "Labelled",
+    "LabelledFiles", "LowData", "SkippedRow", "Split", "Tagged", "Task", "Trails", "drawn", "get_task", "list_tasks",
+    "reading_of",
 ]  # fmt: skip
 
 _OWN: dict[str, Any] = {"files": FileTask, "labelled": LabelledFiles, "conll": ConllFiles}
@@ -30,6 +38,15 @@ _TASKS: dict[str, Callable[..., Task]] = {
     "e2e": E2E,
     **_OWN,
     "trails": Trails,
+    "webnlg": webnlg,
+    **{f"webnlg-{part}": partial(webnlg, part) for part in CATEGORIES if part != "all"},
+    "dart": dart,
+    "xsum": xsum,
+    "xsum_subset": xsum_subset,
+    "bbc": bbc,
+    **{f"bbc-{transfer}": partial(bbc, transfer) for transfer in TRANSFERS if transfer != "none"},
+    "scitldr": scitldr,
+    "dialogsum": dialogsum,
     "sst2": sst2,
     "trec": trec,
     "ag_news": ag_news,

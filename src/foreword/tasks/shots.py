@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from foreword.errors import ConfigError, DataError
 from foreword.tasks.bio import entity_types
 from foreword.tasks.holdout import in_order
-from foreword.tasks.task import Labelled, Split, Tagged, Task, check_split
+from foreword.tasks.sampled import SampledTask, by_row, input_of
+from foreword.tasks.task import Labelled, Split, Tagged, Task
 
 __all__ = ["FewShot"]
 
 Sample = Labelled | Tagged
 
 
-class FewShot:
+class FewShot(SampledTask):
     """`shots` training rows of every class of a task, chosen by `seed`; itself a task, with the same name.
 
     Train is sampled from the task's training rows and dev, of the same size, from those left over, so that no
@@ -43,36 +43,29 @@ class FewShot:
             raise ConfigError(f"shots {shots}", "at least 1 row of every class", "raise shots or leave them out")
         if not task.labels:
             raise ConfigError(f"shots of task {task.name!r} ({task.kind})", "a task with labels", "leave shots out")
-        self.task, self.shots, self.seed = task, shots, seed
-        self.name, self.kind, self.labels = task.name, task.kind, task.labels
-        self.instruction, self.metrics = task.instruction, task.metrics
-        self.max_new_tokens, self.stop = task.max_new_tokens, task.stop
-        self.reading = getattr(task, "reading", None)
+        super().__init__(task, seed)
+        self.shots = shots
         self._classes = entity_types(task.labels) if task.kind == "tagging" else task.labels
 
-    def split(self, name: str, limit: int | None = None, strict: bool = False) -> Split:
-        """The first `limit` rows of the sampled `train` or `dev`, or of the whole `test`."""
-        check_split(name, limit)
-        if name == "test":
-            return self.task.split(name, limit, strict)
+    def _sampled(self, name: str, limit: int | None, strict: bool) -> Split:
         pool = self.task.split("train", strict=strict)
         source = f"{pool.source}, {self.shots} per class, seed {self.seed}"
         rows = self._different(pool.examples)
         self._check(rows, pool.source)
         train = self._sample(rows)
         if name == "train":
-            return Split(name, _by_row(train)[:limit], pool.skipped, source=source)
+            return Split(name, by_row(train)[:limit], pool.skipped, source=source)
         taken = {example.row for example in train}
         left = [example for example in rows if example.row not in taken]
         if not all(self._count(left)[label] for label in self._classes):
             return self.task.split(name, limit, strict)
-        return Split(name, _by_row(self._sample(left))[:limit], source=source)
+        return Split(name, by_row(self._sample(left))[:limit], source=source)
 
     def _different(self, examples: Iterable[Sample]) -> list[Sample]:
         """One example of every text, in the order of sampling."""
         by_text: dict[str, Sample] = {}
         for example in examples:
-            by_text.setdefault(_text(example), example)
+            by_text.setdefault(input_of(example), example)
         return [by_text[text] for text in in_order(by_text, self.seed)]
 
     def _sample(self, rows: Sequence[Sample]) -> list[Sample]:
@@ -109,11 +102,3 @@ class FewShot:
 def _classes(example: Sample) -> tuple[str, ...]:
     """The label of a row, or the type of every entity in a sentence."""
     return entity_types(example.tags) if isinstance(example, Tagged) else (example.label,)
-
-
-def _text(example: Sample) -> str:
-    return json.dumps(example.words if isinstance(example, Tagged) else example.texts)
-
-
-def _by_row(examples: list[Sample]) -> list[Sample]:
-    return sorted(examples, key=lambda example: example.row)
