@@ -20,7 +20,7 @@ from foreword.base import BaseModel
 from foreword.cost import Cost, Forward, attention_costs, forward_seconds, query_heads
 from foreword.errors import ConfigError, RunError
 from foreword.evaluate import Evaluation, Interval
-from foreword.metrics import Metric, get_metric
+from foreword.metrics import Metric, get_metric, number_format
 from foreword.prefix import Prefix
 from foreword.runs import CONFIG, EVALUATION, PREFIX, SUMMARY, is_run
 from foreword.seeds import Spread, spreads
@@ -55,7 +55,8 @@ class Difference(NamedTuple):
         return not self.low <= 0 <= self.high
 
     def __str__(self) -> str:
-        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        spec = f"+{number_format(self.metric)}"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass
@@ -123,7 +124,10 @@ class Comparison:
         header += [f"Δ {metric}" for metric in against]
         rows = []
         for entry in self.entries:
-            own = [str(entry.scores.get(metric, OPEN)) for metric in metrics]
+            own = [
+                format(entry.scores[metric], number_format(metric)) if metric in entry.scores else OPEN
+                for metric in metrics
+            ]
             gaps = [
                 str(found.get((entry.name, metric), "" if entry is self.entries[0] else OPEN)) for metric in against
             ]
@@ -321,6 +325,10 @@ def method_words(prefix: Prefix, options: Mapping[str, Any]) -> str:
         words.append("MLP")
     if options.get("shots"):
         words.append(f"{options['shots']} shots")
+    if options.get("rows"):
+        words.append(f"{options['rows']} rows")
+    if options.get("fraction", 1.0) < 1:
+        words.append(f"{100 * options['fraction']:g} % of the rows")
     return ", ".join(words)
 
 

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import foreword.model_metrics  # noqa: F401  so that `get_metric` knows the metrics that need a model
 from foreword.base import BaseModel
 from foreword.data import Rows, ordered_batches
 from foreword.errors import ConfigError, DataError, PrefixError
 from foreword.frozen import frozen_training
-from foreword.metrics import bootstrap_interval, get_metric
+from foreword.metrics import get_metric, metric_names, score_with_interval
 from foreword.objectives import HeadOptions, Objective, Predicted, objective_of
 from foreword.prefix import Prefix
 from foreword.runs import provenance
@@ -31,7 +32,10 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        return format(self, ".1f")
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def evaluate(
     strict: bool = False,
     max_new_tokens: int | None = None,
     batch_size: int = 20,
+    metrics: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     **generation: Any,
 ) -> Evaluation:
@@ -121,13 +126,19 @@ def evaluate(
 
     `generation` goes to `BaseModel.generate` (greedy when empty); `max_new_tokens` and stop strings are the task's
     unless given. For tasks with labels the label is predicted: by the prefix's head on an encoder, which has to have
-    one, else as the likeliest candidate after the prompt. Raises `ConfigError`, `DataError`, `PrefixError`,
+    one, else as the likeliest candidate after the prompt. `metrics` names what is scored in place of the task's own:
+    metrics or sets of them (see `foreword.metrics`). Raises `ConfigError`, `DataError`, `PrefixError`,
     `UnsupportedModel`.
     """
     task = get_task(task) if isinstance(task, str) else task
+    chosen = tuple(task.metrics) if metrics is None else metric_names(metrics)
     objective = (
         objective_for(base, prefix, task) if task.kind != "generation" or base.family.kind == "encoder" else None
     )
+    for name in chosen:
+        if get_metric(name).needs == "sources" and task.kind != "generation":
+            raise ConfigError(f"metric {name!r} for task {task.name!r}", "a metric of labels", "choose another")
+        get_metric(name).ready()
     data = task.split(split, limit=limit, strict=strict)
     told = None if prefix is None else str(prefix.metadata.get("name") or prefix.metadata.get("task") or "prefix")
     named: dict[str, Any] = {
@@ -139,7 +150,7 @@ def evaluate(
         if generation or max_new_tokens is not None:
             given = ", ".join([*generation, *(["max_new_tokens"] if max_new_tokens is not None else [])])
             raise ConfigError(f"{given} for task {task.name!r}", "no options of generation", "labels are predicted")
-        return _evaluate_labels(objective, prefix, data, named, strict, batch_size, progress)
+        return _evaluate_labels(objective, prefix, data, chosen, named, strict, batch_size, progress)
     options = {"max_new_tokens": max_new_tokens or task.max_new_tokens, "stop": list(task.stop), **generation}
     prompts = [example.prompt for example in data.examples]
     start = time.perf_counter()
@@ -149,7 +160,7 @@ def evaluate(
     texts = [text.strip() for text in texts]
     return Evaluation(
         skipped_rows=len(data.skipped),
-        scores=score_outputs(task.metrics, texts, data.examples),
+        scores=score_outputs(chosen, texts, data.examples),
         nats_per_token=sum(cost.nats for cost in costs) / max(1, sum(cost.tokens for cost in costs)),
         seconds=seconds,
         generation=options,
@@ -190,6 +201,7 @@ def _evaluate_labels(
     objective: Objective,
     prefix: Prefix | None,
     data: Split,
+    metrics: Sequence[str],
     named: dict[str, Any],
     strict: bool,
     batch_size: int,
@@ -201,10 +213,7 @@ def _evaluate_labels(
     seconds = time.perf_counter() - start
     answers = [objective.answer(each) for each in found]
     references = [(objective.right(example),) for example in rows.examples]
-    scores = {}
-    for name in objective.task.metrics:
-        metric = get_metric(name)
-        scores[name] = Interval(metric(answers, references), *bootstrap_interval(metric, answers, references))
+    scores = {name: Interval(*score_with_interval(get_metric(name), answers, references)) for name in metrics}
     cost = nats / max(units, 1)
     outputs = [
         Output(example.id, _shown(example, objective.head is None), answer, right, each.probability)
@@ -261,5 +270,5 @@ def score_outputs(metrics: Sequence[str], texts: Sequence[str], examples: Sequen
         metric = get_metric(name)
         sources = metric.needs == "sources"
         targets: Any = [example.prompt if sources else example.references for example in examples]
-        scores[name] = Interval(metric(texts, targets), *bootstrap_interval(metric, texts, targets))
+        scores[name] = Interval(*score_with_interval(metric, texts, targets))
     return scores

@@ -45,7 +45,10 @@ class Spread(NamedTuple):
     per_seed: tuple[float, ...]
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.std:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        return format(self, ".1f")
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} ± {self.std:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,10 @@ def train_seeds(
 ) -> SeedsResult:
     """Train with `seeds` seeds, from `config.seed` on, each in a run folder of its own under `out`.
 
-    Drawn rows, the order of rows and all random parts depend on the seed. `prefix` is what all start from, or says for
-    the options of each seed what that one starts from. With `test` each is scored on the test
-    split, and `summary.json` tells how the scores spread. The same call goes on where it was stopped; what is
-    finished is not done again. Raises what `train` and `evaluate` raise.
+    The order of rows and all random parts depend on the seed, and drawn rows too where there is no `sample_seed`.
+    `prefix` is what all start from, or says for the options of each seed what that one starts from. With `test` each is
+    scored on the test split, and `summary.json` tells how the scores spread. The same call goes on where it was
+    stopped; what is finished is not done again. Raises what `train` and `evaluate` raise.
     """
     config = config or TrainConfig()
     task = get_task(task) if isinstance(task, str) else task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,8 @@ from foreword.cli.options import (
 from foreword.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from foreword.evaluate import Evaluation
+    from foreword.evaluate import Evaluation, Interval
+    from foreword.seeds import Spread
 
 __all__ = ["evaluate", "print_scores", "print_side_by_side"]
 
@@ -42,6 +44,13 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest output. (default: the task's own)")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams; the Prefix-Tuning paper uses 5.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 20,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Scores to print, with commas between: metrics or sets of them (e2e, webnlg, dart, summary, slots); "
+            "docs/metrics.md has all. (default: the task's own)"
+        ),
+    ] = None,
     show: Annotated[int, typer.Option(min=0, help="Print this many outputs.")] = 3,
     out: Annotated[
         Path | None,
@@ -59,6 +68,7 @@ def evaluate(
 
     foreword evaluate runs/trails --with-base
     foreword evaluate runs/rte
+    foreword evaluate runs/e2e --metrics e2e,slots,bertscore:minilm
     """
     from foreword.evaluate import evaluate as run
 
@@ -71,6 +81,7 @@ def evaluate(
     results: list[Evaluation] = []
     untouched = [("base model", None)] if with_base or not prefixes else []
     known = known_of(prefixes[0][2]) if prefixes else {}
+    named = None if metrics is None else [name.strip() for name in metrics.split(",")]
     for name, each in [*untouched, *((f"with prefix {name}".strip(), trained) for name, _, trained in prefixes)]:
         chosen = make_task(task, files or {}, known if each is None else known_of(each), split)
         options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
@@ -78,7 +89,7 @@ def evaluate(
             results.append(
                 run(
                     loaded, each, chosen, split, limit=limit, strict=strict, batch_size=batch_size,
-                    max_new_tokens=max_new_tokens, progress=progress, **options,
+                    max_new_tokens=max_new_tokens, metrics=named, progress=progress, **options,
                 )
             )  # fmt: skip
     if len({result.data_sha256 for result in results}) > 1:
@@ -126,21 +137,28 @@ def print_spread(names: list[str], results: list[Evaluation]) -> dict[str, Any]:
 
     tested = results[-len(names) :]
     found = spreads(tested)
-    rows = [[name, *(str(score) for score in each.scores.values())] for name, each in zip(names, tested, strict=True)]
-    rows += [["base model", *(str(score) for score in each.scores.values())] for each in results[: -len(names)]]
-    rows.append(["all seeds", *(str(each) for each in found.values())])
+    rows = [[name, *_written(each.scores)] for name, each in zip(names, tested, strict=True)]
+    rows += [["base model", *_written(each.scores)] for each in results[: -len(names)]]
+    rows.append(["all seeds", *_written(found)])
     first = tested[0]
     table(f"{first.task} {first.split}, {len(first.outputs)} rows, {first.base}", ["", *found], rows)
     say("95 % bootstrap intervals: of one seed over rows, of all (mean ± standard deviation) over seeds and rows")
     return {"scores": {name: each._asdict() for name, each in found.items()}}
 
 
+def _written(scores: Mapping[str, Interval | Spread]) -> list[str]:
+    from foreword.metrics import number_format
+
+    return [format(score, number_format(name)) for name, score in scores.items()]
+
+
 def print_scores(results: list[Evaluation]) -> None:
     """A table of scores with their intervals, one column for each evaluation."""
     first = results[0]
+    columns = [_written(result.scores) for result in results]
     header = ["", *("base model" if result.prefix is None else f"prefix {result.prefix}" for result in results)]
     rows = [
-        *([name, *(str(result.scores[name]) for result in results)] for name in first.scores),
+        *([name, *cells] for name, *cells in zip(first.scores, *columns, strict=True)),
         _cost(results),
         ["seconds", *(f"{result.seconds:.1f}" for result in results)],
     ]

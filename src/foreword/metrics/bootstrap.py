@@ -1,17 +1,38 @@
-"""How far a corpus score would move on other rows: the percentile bootstrap (Koehn 2004, W04-3250)."""
+"""How far a corpus score would move on other rows, and whether two systems differ.
+
+The interval is the percentile bootstrap (Koehn 2004, W04-3250), the p-value that of paired approximate randomization
+(Noreen 1989; Riezler and Maxwell 2005, W05-0908).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, DataError
 from foreword.metrics.metric import Metric, Numbers, Targets
 
-__all__ = ["interval"]
+__all__ = ["PairedDifference", "interval", "paired_difference", "paired_test", "score_with_interval"]
 
 _DRAWS_AT_ONCE = 4_000_000  # numbers in memory, 32 MB
+
+
+class PairedDifference(NamedTuple):
+    """How much higher a second system scores than a first on the same rows.
+
+    `low` and `high` are the ends of the paired bootstrap interval, `p_value` is two-sided: how often systems that do
+    not differ would seem to differ as much. `better` is whether the second is the better one, by the metric's
+    direction.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    better: bool
 
 
 def interval(
@@ -26,23 +47,100 @@ def interval(
 
     It is widened to hold the score of the rows themselves where the resampled scores lie beside it.
     """
-    if samples < 1 or not 0 < confidence < 1:
-        raise ConfigError(f"samples {samples}, confidence {confidence}", "samples of at least 1, confidence in (0, 1)")
+    return score_with_interval(metric, hypotheses, targets, samples, seed, confidence)[1:]
+
+
+def score_with_interval(
+    metric: Metric,
+    hypotheses: Sequence[str],
+    targets: Targets,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """The score of the rows and the ends of its `interval`; the texts are looked at once."""
+    _check(samples, confidence)
     statistics = metric.statistics(hypotheses, targets)
     point = metric.score(statistics.sum(axis=0))
-    scores = [metric.score(sums) for sums in _resampled_sums(statistics, samples, seed)]
+    scores = [metric.score(sums) for times in _drawn(len(statistics), samples, seed) for sums in times @ statistics]
+    return point, *_around(scores, point, confidence)
+
+
+def paired_test(
+    metric: Metric,
+    first: Sequence[str],
+    second: Sequence[str],
+    targets: Targets,
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """The difference of two systems on the same rows, with its interval and two-sided p-value.
+
+    For the interval rows are drawn with replacement, the same for both. For the p-value the two outputs of every row
+    change sides or not by the toss of a coin, as they might if nothing but chance told the systems apart; it is
+    (1 + c) / (1 + samples) with c tosses that give at least the observed difference. Raises `ConfigError` for options
+    and `DataError` for rows that cannot be used.
+
+    >>> from foreword.metrics import get_metric
+    >>> right, wrong = ["yes"] * 20, ["no"] * 20
+    >>> found = paired_test(get_metric("accuracy"), wrong, right, [["yes"]] * 20)
+    >>> found.difference, found.low, found.high, found.p_value < 0.001, found.better
+    (100.0, 100.0, 100.0, True, True)
+    """
+    if len(first) != len(second):
+        raise DataError(f"{len(first)} and {len(second)} outputs", "two systems on the same rows")
+    return paired_difference(metric, *metric.paired_statistics(first, second, targets), samples, seed, confidence)
+
+
+def paired_difference(
+    metric: Metric, one: Numbers, two: Numbers, samples: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> PairedDifference:
+    """`paired_test` of the numbers of each row, `[rows, numbers]`, of two systems.
+
+    Where systems wrote for the same rows several times, the sums over these let each row count as one.
+    """
+    _check(samples, confidence)
+    sums, change = (one.sum(axis=0), two.sum(axis=0)), two - one
+    point = metric.score(sums[1]) - metric.score(sums[0])
+    rows, gaps, as_large = len(one), [], 0
+    for times in _drawn(rows, samples, seed):
+        gaps += [metric.score(b) - metric.score(a) for a, b in zip(times @ one, times @ two, strict=True)]
+    for sides in _tossed(rows, samples, seed):
+        for moved in sides @ change:
+            gap = metric.score(sums[1] - moved) - metric.score(sums[0] + moved)
+            as_large += abs(gap) >= abs(point) - 1e-9 * max(1.0, abs(point))  # sums in another order round otherwise
+    better = point > 0 if metric.higher_is_better else point < 0
+    return PairedDifference(point, *_around(gaps, point, confidence), (1 + as_large) / (1 + samples), better)
+
+
+def _check(samples: int, confidence: float) -> None:
+    if samples < 1 or not 0 < confidence < 1:
+        raise ConfigError(f"samples {samples}, confidence {confidence}", "samples of at least 1, confidence in (0, 1)")
+
+
+def _around(scores: Sequence[float], point: float, confidence: float) -> tuple[float, float]:
+    """The ends of the percentile interval, widened to hold `point`."""
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(scores, [tail, 100.0 - tail])
     return min(float(low), point), max(float(high), point)
 
 
-def _resampled_sums(statistics: Numbers, samples: int, seed: int) -> Numbers:
-    """The sums of every resampled corpus, `[samples, numbers]`."""
+def _drawn(rows: int, samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """How often each row is drawn into every resampled corpus, `[samples, rows]`, in parts."""
     generator = np.random.default_rng(seed)
-    rows = len(statistics)
+    for size in _parts(rows, samples):
+        yield generator.multinomial(rows, np.full(rows, 1.0 / rows), size=size)
+
+
+def _tossed(rows: int, samples: int, seed: int) -> Iterator[Numbers]:
+    """Which rows change sides, 0 or 1, `[samples, rows]`, in parts."""
+    generator = np.random.default_rng([seed, 1])
+    for size in _parts(rows, samples):
+        yield generator.integers(2, size=(size, rows)).astype(np.float64)
+
+
+def _parts(rows: int, samples: int) -> Iterator[int]:
     step = max(1, _DRAWS_AT_ONCE // rows)
-    sums = []
     for start in range(0, samples, step):
-        times_drawn = generator.multinomial(rows, np.full(rows, 1.0 / rows), size=min(step, samples - start))
-        sums.append(times_drawn @ statistics)
-    return np.concatenate(sums)
+        yield min(step, samples - start)

@@ -35,6 +35,13 @@ class MacroF1(Metric):
     name = "macro_f1"
     description = "F1 of each label, averaged over the labels"
 
+    def paired_statistics(
+        self, first: Sequence[str], second: Sequence[str], targets: Targets
+    ) -> tuple[Numbers, Numbers]:
+        """Computed together, so that both have the same labels."""
+        both = self.statistics([*first, *second], [*targets, *targets])
+        return both[: len(targets)], both[len(targets) :]
+
     def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
         """For each label three numbers: right, predicted, true."""
         pairs = list(zip(hypotheses, _single(targets), strict=True))

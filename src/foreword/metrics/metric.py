@@ -20,25 +20,39 @@ Targets = Sequence[Sequence[str]]
 
 
 class Metric(ABC):
-    """A score from 0 to 100 of hypotheses against targets, callable as `metric(hypotheses, targets)`.
+    """A score of hypotheses against targets, callable as `metric(hypotheses, targets)`.
 
     A corpus score is a function of sums over rows, so that resampled corpora cost no second look at the text.
     `needs` is `references` (a sequence for every row) or `sources` (the prompt of every row, one string).
+    A score is in percent unless `maximum` says otherwise: None where no number bounds it. `digits` is how many
+    digits after the point tell scores apart.
     """
 
     name: str
     description: str
     needs: str = "references"
     higher_is_better: bool = True
+    maximum: float | None = 100.0
+    digits: int = 1
 
     def __call__(self, hypotheses: Sequence[str], targets: Targets) -> float:
         """The score of the whole corpus; `DataError` when rows do not match or there are none."""
         return self.score(self.statistics(hypotheses, targets).sum(axis=0))
 
+    def ready(self) -> None:
+        """Raise at once what scoring would raise after hours of writing: `MissingPackage`, `ModelNotFound`."""
+        self(["O"], ["O : O"] if self.needs == "sources" else [["O"]])
+
     def statistics(self, hypotheses: Sequence[str], targets: Targets) -> Numbers:
         """The numbers of every row, `[rows, numbers]`."""
         _check(hypotheses, targets, self.needs)
         return np.asarray(self.row_statistics(hypotheses, targets), dtype=np.float64)
+
+    def paired_statistics(
+        self, first: Sequence[str], second: Sequence[str], targets: Targets
+    ) -> tuple[Numbers, Numbers]:
+        """The numbers of two systems' rows, such that a row of one may stand in for that of the other."""
+        return self.statistics(first, targets), self.statistics(second, targets)
 
     @abstractmethod
     def row_statistics(self, hypotheses: Sequence[str], targets: Any) -> list[list[float]]:

@@ -1,4 +1,7 @@
-"""BLEU (Papineni et al. 2002) and chrF++ (Popovic 2017), as sacrebleu computes them (Post 2018, arXiv:1804.08771)."""
+"""BLEU (Papineni et al. 2002), chrF++ (Popovic 2017) and TER (Snover et al. 2006), as sacrebleu computes them.
+
+Source: Post 2018, arXiv:1804.08771.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from itertools import zip_longest
 from typing import Any
 
 from foreword.metrics.metric import Metric, Numbers, Targets
+from foreword.metrics.tokens import split_at_punctuation
 from foreword.optional import optional
 
-__all__ = ["Bleu", "ChrfPlusPlus"]
+__all__ = ["Bleu", "ChrfPlusPlus", "MultiBleu", "Ter"]
+
+SCRIPT_REFERENCES = 3  # the scripts of WebNLG 2017 and DART read three files of references
 
 
 class _SacreBleu(Metric):
@@ -48,6 +54,60 @@ class Bleu(_SacreBleu):
             # `force`: text that looks tokenised is the caller's choice, no warning is due
             self._scorer = optional("sacrebleu.metrics", "eval").BLEU(force=True, **self._options)
         return self._scorer
+
+
+class MultiBleu(Bleu):
+    """BLEU of multi-bleu.perl with three references, as the scripts of WebNLG 2017 and DART call it.
+
+    Texts are lower-cased and split at punctuation; text that was split before stays as it is. Of each row the first
+    three references count. With `fill`, missing ones are empty lines whose length 0 counts as one, as in the files of
+    DART; this can only raise the score, and published scores have it.
+
+    >>> round(MultiBleu()(["A pub (cheap)."], [["a pub ( cheap ) ."]]), 2)
+    100.0
+    """
+
+    def __init__(self, name: str = "bleu_webnlg", *, fill: bool = False) -> None:
+        super().__init__(lowercase=False, tokenize="none", smoothing="none")
+        self.name, self._fill = name, fill
+        script, filled = ("DART", ", empty ones where there are fewer") if fill else ("WebNLG 2017", "")
+        self.description = f"BLEU-4 as the script of {script}: split at punctuation, first three references{filled}"
+
+    def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
+        rows = [[split_at_punctuation(text) for text in references[:SCRIPT_REFERENCES]] for references in targets]
+        if self._fill:
+            rows = [row + [""] * (SCRIPT_REFERENCES - len(row)) for row in rows]
+        return super().row_statistics([split_at_punctuation(text) for text in hypotheses], rows)
+
+
+class Ter(_SacreBleu):
+    """Translation edit rate: insertions, deletions, substitutions and shifts per word of the references.
+
+    Texts are lower-cased and split at punctuation. The edits are those to the nearest reference, the words the mean of
+    its references. With `limit`, only so many references of each row count: three in the scripts of WebNLG and DART.
+    It is slow: a test set takes minutes.
+
+    >>> Ter()(["by the river a cheap pub"], [["a cheap pub by the river"]])  # one shift, six words
+    16.66...
+    """
+
+    higher_is_better = False
+    maximum = None
+
+    def __init__(self, name: str = "ter", *, limit: int | None = None) -> None:
+        self.name, self._limit = name, limit
+        which = "all references" if limit is None else f"first {limit} references, as WebNLG and DART"
+        self.description = f"translation edit rate, split at punctuation, nearest of {which}; slow"
+        self._scorer: Any = None
+
+    def scorer(self) -> Any:
+        if self._scorer is None:
+            self._scorer = optional("sacrebleu.metrics", "eval").TER()
+        return self._scorer
+
+    def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
+        rows = [[split_at_punctuation(text) for text in references[: self._limit]] for references in targets]
+        return super().row_statistics([split_at_punctuation(text) for text in hypotheses], rows)
 
 
 class ChrfPlusPlus(_SacreBleu):

@@ -1,4 +1,4 @@
-"""Metrics of single rows, averaged: ROUGE-L, exact match, and how much of the source is mentioned."""
+"""Metrics of single rows, averaged: ROUGE, exact match, and how much of the source is mentioned."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from collections.abc import Sequence
 from foreword.metrics.metric import Mean, Targets
 from foreword.optional import optional
 
-__all__ = ["Coverage", "ExactMatch", "RougeL", "field_values"]
+__all__ = ["Coverage", "ExactMatch", "Rouge", "field_values"]
 
 
-class RougeL(Mean):
-    """ROUGE-L F1 (Lin 2004) of the package rouge-score with Porter's stemmer, against each row's best reference."""
+class Rouge(Mean):
+    """ROUGE F1 (Lin 2004) of the package rouge-score with Porter's stemmer, against each row's best reference.
 
-    name = "rouge_l"
-    description = "ROUGE-L F1, stemmed, best reference of each row, averaged"
+    `kind` is "1" or "2" for n-grams, "L" for the longest common subsequence.
+
+    >>> Rouge("2")(["a pub by the river"], [["pubs by the sea"]])  # of 4 and 3 pairs, two are shared
+    57.14...
+    """
+
+    def __init__(self, kind: str = "L") -> None:
+        self.name = f"rouge_{kind.lower()}"
+        self.description = f"ROUGE-{kind} F1 by rouge-score, stemmed, best reference of each row, averaged"
+        self._key = f"rouge{kind}"
 
     def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
         module = optional("rouge_score.rouge_scorer", "eval")
-        scorer = module.RougeScorer(["rougeL"], use_stemmer=True)
+        scorer = module.RougeScorer([self._key], use_stemmer=True)
         return [
-            [scorer.score_multi(list(references), hypothesis)["rougeL"].fmeasure, 1.0]
+            [scorer.score_multi(list(references), hypothesis)[self._key].fmeasure, 1.0]
             for hypothesis, references in zip(hypotheses, targets, strict=True)
         ]
 

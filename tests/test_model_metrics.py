@@ -1,0 +1,149 @@
+"""BERTScore and MoverScore: against their definitions on a tiny encoder, and the mover's distance by brute force."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foreword.errors import ConfigError, ModelNotFound
+from foreword.metrics import get_metric, list_model_metrics, metric_names
+from foreword.model_metrics import BertScore, MoverScore, movers_distance
+from tiny import save_tiny
+
+HYPOTHESES = ["a pub by the river", "Aromi serves food", ""]
+REFERENCES = [["the river", "a pub near the river"], ["fast food"], ["a pub"]]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("encoder")
+    save_tiny("bert", folder)
+    return str(folder)
+
+
+def states_of(encoder: str, text: str, layer: int) -> tuple[list[int], np.ndarray]:
+    """Token ids and their states of length 1 after a layer, of one text alone."""
+    tokenizer, model = hf.AutoTokenizer.from_pretrained(encoder), hf.AutoModel.from_pretrained(encoder).eval()
+    ids = tokenizer(text)["input_ids"]
+    with torch.inference_mode():
+        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
+    return ids, torch.nn.functional.normalize(states, dim=-1).double().numpy()
+
+
+# ---- the mover's distance
+
+points = st.integers(1, 4).flatmap(
+    lambda n: st.lists(st.lists(st.floats(0, 10), min_size=n, max_size=n), min_size=n, max_size=n)
+)
+
+
+@given(points)
+def test_equal_weights_move_as_the_best_pairing_does(rows: list[list[float]]) -> None:
+    pytest.importorskip("scipy")
+    distances, n = np.array(rows), len(rows)
+    even = np.full(n, 1 / n)
+    best = min(sum(distances[i, j] for i, j in enumerate(order)) / n for order in permutations(range(n)))
+    assert movers_distance(even, even, distances) == pytest.approx(best, abs=1e-9)
+    assert movers_distance(even, even, distances.T) == pytest.approx(best, abs=1e-9)
+
+
+SIDES = st.sampled_from([[1], [1, 1], [1, 2], [2, 1], [1, 1, 1], [1, 2, 3], [4, 1, 1]])  # sums divide 6
+
+
+@given(SIDES, SIDES, st.data())
+@settings(max_examples=20)
+def test_whole_weights_move_as_so_many_points(first: list[int], second: list[int], data: st.DataObject) -> None:
+    """A weight of a of A is a point that occurs several times; all pairings of the copies are tried."""
+    pytest.importorskip("scipy")
+    drawn = data.draw(st.lists(st.floats(0, 5), min_size=len(first) * len(second), max_size=len(first) * len(second)))
+    distances = np.array(drawn).reshape(len(first), len(second))
+    copies = [np.repeat(np.arange(len(side)), np.array(side) * (6 // sum(side))) for side in (first, second)]
+    best = min(sum(distances[i, j] for i, j in zip(copies[0], order, strict=True)) for order in permutations(copies[1]))
+    weights = [np.array(side) / sum(side) for side in (first, second)]
+    assert movers_distance(weights[0], weights[1], distances) == pytest.approx(best / 6, abs=1e-9)
+
+
+# ---- scores
+
+
+def test_moverscore_is_its_definition(encoder: str) -> None:
+    pytest.importorskip("scipy")
+    found = MoverScore(encoder).statistics(HYPOTHESES, REFERENCES)
+    tokenizer = hf.AutoTokenizer.from_pretrained(encoder)
+    flat = [text for texts in REFERENCES for text in texts]
+
+    def cloud(text: str, among: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        count = Counter(token for other in among for token in set(tokenizer(other)["input_ids"]))
+        ids, states = states_of(encoder, text, -1)
+        return states, np.array([math.log((len(among) + 1) / (count[token] + 1)) for token in ids])
+
+    for row, (hypothesis, references) in enumerate(zip(HYPOTHESES[:2], REFERENCES[:2], strict=True)):
+        each = []
+        for reference in references:
+            (one, w_one), (two, w_two) = cloud(hypothesis, HYPOTHESES), cloud(reference, flat)
+            distances = np.linalg.norm(one[:, None] - two[None], axis=-1)
+            each.append(1 - movers_distance(w_one / w_one.sum(), w_two / w_two.sum(), distances))
+        assert found[row, 0] == pytest.approx(np.mean(each), abs=1e-5)
+    assert found[2].tolist() == [0.0, 1.0]  # nothing was written
+    assert MoverScore(encoder)(["a pub"], [["a pub"]]) == pytest.approx(100.0, abs=1e-3)
+
+
+def test_bertscore_is_its_definition(encoder: str) -> None:
+    pytest.importorskip("bert_score")
+    for layer in (1, 2):
+        found = BertScore(encoder, layer=layer).statistics(HYPOTHESES, REFERENCES)
+        for row, (hypothesis, references) in enumerate(zip(HYPOTHESES[:2], REFERENCES[:2], strict=True)):
+            best = 0.0
+            for reference in references:
+                one, two = states_of(encoder, hypothesis, layer)[1], states_of(encoder, reference, layer)[1]
+                cosines = one @ two.T
+                precision, recall = cosines.max(axis=1).mean(), cosines.max(axis=0).mean()
+                best = max(best, 2 * precision * recall / (precision + recall))
+            assert found[row, 0] == pytest.approx(best, abs=1e-5)
+        assert found[2].tolist() == [0.0, 1.0]
+    assert BertScore(encoder).statistics(HYPOTHESES, REFERENCES) == pytest.approx(found)  # the last layer
+    assert BertScore(encoder)([""], [["a pub"]]) == 0.0
+
+
+@pytest.mark.parametrize("kind", [BertScore, MoverScore])
+def test_long_texts_are_cut(kind: type[BertScore] | type[MoverScore], encoder: str, tmp_path: Path) -> None:
+    """A tokenizer that names no limit reads as many tokens as the model has positions, 64 here."""
+    pytest.importorskip("bert_score")
+    tokenizer = hf.AutoTokenizer.from_pretrained(encoder)
+    tokenizer.model_max_length = 10**30
+    hf.AutoModel.from_pretrained(encoder).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    long = "a pub by the river " * 40
+    assert kind(str(tmp_path))([long], [[long + "with more words"]]) == pytest.approx(100.0, abs=1e-3)
+
+
+# ---- names and errors
+
+
+def test_names_with_a_model(encoder: str) -> None:
+    assert list_model_metrics() == ["bertscore:MODEL", "moverscore:MODEL", "bleurt:MODEL"]
+    assert get_metric(f"moverscore:{encoder}") is get_metric(f"moverscore:{encoder}")
+    assert get_metric(f"moverscore:{encoder}").name == f"moverscore:{encoder}"
+    assert metric_names(["bleu", f"bertscore:{encoder}", "bleu"]) == ("bleu", f"bertscore:{encoder}")
+    with pytest.raises(ConfigError, match="metric 'bertscore:' without a model; expected bertscore:MODEL"):
+        metric_names(["bertscore:"])
+    with pytest.raises(ConfigError, match="or a set: e2e, webnlg"):
+        metric_names(["blue"])
+    with pytest.raises(ConfigError, match="metric 'bleurt:x'.*google-research/bleurt"):
+        get_metric("bleurt:x")
+
+
+@pytest.mark.parametrize("kind", ["bertscore", "moverscore"])
+def test_a_model_that_is_not_there(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bert_score")
+    with pytest.raises(ModelNotFound, match="no encoder .* for a metric .*; expected minilm, a folder"):
+        get_metric(f"{kind}:{tmp_path / 'none'}").ready()

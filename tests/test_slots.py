@@ -1,0 +1,102 @@
+"""Slot errors: rated examples, and laws."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foreword.metrics import get_metric, slot_error_rate
+from foreword.metrics.slots import read_source, slot_verdict
+
+DOMAIN = {
+    "name": ["Blue Spice", "The Mill", "The Rice Boat", "Zizzi"],
+    "eatType": ["pub", "restaurant", "coffee shop"],
+    "food": ["English", "Fast food", "French", "Indian"],
+    "priceRange": ["cheap", "moderate", "high", "less than £20", "£20-25", "more than £30"],
+    "customer rating": ["low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"],
+    "area": ["city centre", "riverside"],
+    "familyFriendly": ["yes", "no"],
+    "near": ["Burger King", "Café Rouge", "Rainbow Vegetarian Café", "Raja Indian Cuisine"],
+}
+SOURCE = (
+    "name : The Mill | eatType : pub | food : English | priceRange : less than £20 | customer rating : 3 out of 5 | "
+    "area : riverside | familyFriendly : no | near : Raja Indian Cuisine\n"
+)
+
+# What a text says of SOURCE, as a reader rated it: fields missing, wrong, and values invented.
+RATED = {
+    "The Mill is an English pub by the river near Raja Indian Cuisine. It is rated three out of five, costs under £20 "
+    "and is not family-friendly.": ("", "", ""),
+    "For less than £20 you get British food at The Mill, a 3 star riverside pub for adults only near Raja Indian "
+    "Cuisine.": ("", "", ""),
+    "The Mill is a pub near Raja Indian Cuisine on the riverside; kids aren't welcome, and its customer rating is 3 "
+    "out of 5.": ("food priceRange", "", ""),
+    "The Mill is an English restaurant in the city centre, near Raja Indian Cuisine. It is family friendly, has a low "
+    "rating and is in the moderate price range.": ("", "area customer-rating eatType familyFriendly priceRange", ""),
+    "Zizzi is an English pub by the river near Raja Indian Cuisine, with 3 stars, for less than £20 and no children.": (
+        "", "name", "",
+    ),
+    "The Mill, an English pub by the river near Raja Indian Cuisine and Café Rouge, serves meals for less than £20. It "
+    "has 3 stars and is not child friendly.": ("", "", "near:Café Rouge"),
+    "": ("area customer-rating eatType familyFriendly food name near priceRange", "", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", RATED)
+def test_rated_examples(text: str) -> None:
+    missing, wrong, invented = RATED[text]
+    found = slot_verdict(text, read_source(SOURCE), DOMAIN)
+    assert " ".join(sorted(field.replace(" ", "-") for field, _ in found.missing)) == missing
+    assert " ".join(sorted(field.replace(" ", "-") for field, _ in found.wrong)) == wrong
+    assert " ".join(f"{field}:{value}" for field, value in found.invented) == invented
+    assert found.slots == 8
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "errors"),
+    [
+        # a value within another is read once: neither "Indian" nor "Vegetarian" is stated of the food
+        ("name : Zizzi | near : Raja Indian Cuisine", "Zizzi is close to Raja Indian Cuisine.", 0),
+        ("name : Zizzi | food : Indian", "Zizzi serves Indian food.", 0),
+        ("name : Zizzi", "Zizzi serves Indian food.", 1),
+        ("name : Zizzi", "Zizzis are nice.", 1),  # whole words only
+        ("near : Café Rouge", "It lies near Cafe Rouge.", 0),
+        ("priceRange : cheap", "It is inexpensive.", 0),
+        ("priceRange : high", "It is inexpensive.", 1),
+        ("familyFriendly : yes", "It is not far, but family-friendly.", 0),
+        ("familyFriendly : yes", "There is no music and families like it.", 0),
+        ("familyFriendly : yes", "It isn't a place for families.", 1),
+        ("customer rating : high", "The rating is high and the prices are high.", 1),  # a price that is not given
+        ("food : Indian | food : French", "French and Indian food.", 0),
+        ("food : Indian | food : French", "French food.", 1),
+    ],
+)
+def test_single_values(source: str, text: str, errors: int) -> None:
+    found = slot_verdict(text, read_source(source), DOMAIN)
+    assert len(found.missing) + len(found.wrong) + len(found.invented) == errors, found
+
+
+def test_rates_add_up() -> None:
+    sources = [SOURCE, "name : Zizzi | area : city centre | eatType : restaurant"]
+    texts = ["The Mill is a cheap restaurant by the river.", "Zizzi is a pub in the city centre. English food."]
+    parts = [get_metric(name)(texts, sources) for name in ("missing_slots", "wrong_slots", "invented_slots")]
+    # of 11: five missing and a wrong type in the first, a wrong type and an invented food in the second; "cheap" and
+    # "The Mill" count only where their field's values are among the sources
+    assert parts == pytest.approx([100 * 5 / 11, 100 * 2 / 11, 100 * 1 / 11])
+    assert slot_error_rate(texts, sources) == pytest.approx(sum(parts))
+    assert slot_error_rate(["anything"], ["no fields"]) == 0.0
+
+
+values = st.sampled_from([(field, value) for field, all_values in DOMAIN.items() for value in all_values])
+
+
+@given(st.lists(values, max_size=6, unique_by=lambda pair: pair[0]))
+def test_a_list_of_the_facts_has_no_errors_and_silence_misses_all(pairs: list[tuple[str, str]]) -> None:
+    said = {"familyFriendly": {"yes": "family friendly", "no": "not family friendly"}}
+    before = {"customer rating": "rating ", "priceRange": "price "}
+    source = {field: [value] for field, value in pairs}
+    text = " ; ".join(before.get(field, "") + said.get(field, {}).get(value, value) for field, value in pairs)
+    assert slot_verdict(text, source, DOMAIN) == ([], [], [], len(pairs))
+    silent = slot_verdict("", source, DOMAIN)
+    assert len(silent.missing) == silent.slots == len(pairs) and not silent.wrong and not silent.invented
