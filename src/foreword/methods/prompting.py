@@ -1,0 +1,94 @@
+"""Prompts that people write: an instruction, or an instruction and solved examples in the context.
+
+Source: Brown et al. 2020, arXiv 2005.14165, section 2 (zero-shot and few-shot).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from foreword.base import BaseModel
+from foreword.errors import DataError
+from foreword.init import DEFAULT_TEXT
+from foreword.methods.config import TEMPLATES, MethodConfig
+from foreword.tasks import Example
+
+__all__ = ["Prompting"]
+
+
+class Prompting:
+    """How a prompt is written for a base model: by the template (none: as it is), with `shots` before it.
+
+    Shots are drawn from the training examples by the seed. As many of them are written as the context has room for,
+    beside the prompt and what comes after; those farthest from the prompt are left out first.
+    """
+
+    def __init__(self, base: BaseModel, config: MethodConfig, train: Sequence[Example], instruction: str) -> None:
+        self.base, self.instruction = base, instruction or DEFAULT_TEXT
+        self.template = config.options["template"]
+        count = min(config.options.get("shots", 0), len(train))
+        self.shots = random.Random(f"foreword shots {config.seed}").sample(list(train), count)
+
+    def write(self, prompt: str, room: int = 0) -> str:
+        """What the model reads for a prompt, with `room` tokens left free for what it writes."""
+        for dropped in range(len(self.shots) + 1):
+            written = self._write(prompt, self.shots[dropped:])
+            if self._fits(written, room):
+                return written
+        return written  # too long by itself: the base model says so
+
+    def fit_example(self, example: Example) -> Example:
+        """The example with its prompt as the model reads it, with room for its completion."""
+        _, targets = self.base.encode(example.prompt, example.completion)
+        return example._replace(prompt=self.write(example.prompt, len(targets)))
+
+    def count_shots(self, prompt: str, room: int) -> int:
+        """How many shots the context has room for."""
+        counts = range(len(self.shots), -1, -1)
+        return next((n for n in counts if self._fits(self._write(prompt, self.shots[len(self.shots) - n :]), room)), 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text that is stored for a task."""
+        parts = [
+            self.instruction if self.template != "none" else "",
+            *(part for shot in self.shots for part in (shot.prompt, shot.completion)),
+        ]
+        return sum(len(part.encode()) for part in parts)
+
+    def _fits(self, written: str, room: int) -> bool:
+        limit = self.base.max_tokens
+        return limit is None or len(self.base.encode_prompt(written)) + room * self._joint <= limit
+
+    @property
+    def _joint(self) -> bool:
+        return self.base.family.kind == "decoder"
+
+    def _write(self, prompt: str, shots: Sequence[Example]) -> str:
+        if self.template == "none":
+            return prompt
+        solved = "".join(self._solved(shot) for shot in shots)
+        if self.template == "last":
+            return solved + TEMPLATES["last"].format(instruction=self.instruction, prompt=prompt)
+        # The instruction stands once, before the first shot.
+        asked = "Input: {prompt}Output: " if self.template == "labelled" else "{prompt}"
+        written = f"{self.instruction}\n\n{solved}{asked.format(prompt=prompt)}"
+        return self._chat(written) if self.template == "chat" else written
+
+    def _solved(self, shot: Example) -> str:
+        if self.template == "last":
+            return TEMPLATES["last"].format(instruction=self.instruction, prompt=shot.prompt) + f"{shot.completion}\n\n"
+        if self.template == "labelled":
+            return f"Input: {shot.prompt}Output: {shot.completion}\n\n"
+        return f"{shot.prompt}{shot.completion}\n\n"
+
+    def _chat(self, written: str) -> str:
+        """A user's turn of the tokenizer's chat template, up to where the answer begins."""
+        if getattr(self.base.tokenizer, "chat_template", None) is None:
+            raise DataError(
+                f"template 'chat' for {self.base.name!r}, whose tokenizer has no chat template", "one that has",
+                "choose another template",
+            )  # fmt: skip
+        turn = [{"role": "user", "content": written.strip()}]
+        return str(self.base.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
