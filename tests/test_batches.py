@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreword.data import encode_split, epoch_batches, micro_batches, ordered_batches
+from foreword.data import encode_split, epoch_batches, micro_batches, ordered_batches, tight_batches
 from foreword.errors import DataError
 from foreword.tasks import Example, SkippedRow, Split
 from tiny import tiny_base
@@ -89,3 +91,30 @@ def test_progress_and_lengths() -> None:
     rows = encode_split(tiny_base("llama"), split(("a\n", "b"), ("cc\n", "dd")), progress=lambda *p: seen.append(p))
     assert seen == [(1, 2), (2, 2)]
     assert rows.lengths == [len(prompt) + len(completion) for prompt, completion in rows.encoded]
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(0, 20), st.integers(0, 30), st.integers(0, 4)
+)  # fmt: skip
+def test_tight_batches_cost_least(lengths: list[int], overhead: int, most_tokens: int, most_rows: int) -> None:
+    """Against every way to cut the sorted rows."""
+
+    def padded(batch: list[int]) -> int:
+        return len(batch) * max(lengths[row] for row in batch)
+
+    def allowed(batch: list[int]) -> bool:
+        few = not most_rows or len(batch) <= most_rows
+        return few and (not most_tokens or padded(batch) <= most_tokens or len(batch) == 1)
+
+    found = tight_batches(lengths, overhead, most_tokens, most_rows)
+    order = [row for batch in found for row in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
+    assert all(map(allowed, found))
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        places = [0, *(place for place, cut in enumerate(cuts, start=1) if cut), len(order)]
+        batches = [order[a:b] for a, b in itertools.pairwise(places)]
+        if all(map(allowed, batches)):
+            costs.append(sum(padded(batch) + overhead for batch in batches))
+    assert sum(padded(batch) + overhead for batch in found) == min(costs)

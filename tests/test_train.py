@@ -218,15 +218,15 @@ def test_a_trained_mlp_can_be_trained_further(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base("llama")
-    original, calls = base.completion_loss, 0
+    original, calls = base.completion_logits, 0
 
-    def spoiled(batch: dict[str, torch.Tensor], sites: Sites) -> tuple[torch.Tensor, int]:
+    def spoiled(batch: dict[str, torch.Tensor], sites: Sites) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        loss, tokens = original(batch, sites)
-        return (loss * math.nan if calls == 5 else loss), tokens
+        logits, targets, rows = original(batch, sites)
+        return (logits * math.nan if calls == 5 else logits), targets, rows
 
-    monkeypatch.setattr(base, "completion_loss", spoiled)
+    monkeypatch.setattr(base, "completion_logits", spoiled)
     with pytest.raises(RunError, match="loss is nan and gradient norm nan in step 5; expected finite numbers") as error:
         train(base, None, ToyTask(), toy_config(checkpoint_seconds=0), out=tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from foreword.predict import predict
     from foreword.prefix import Prefix
     from foreword.tasks import get_task
+    from foreword.together import train_together
     from foreword.train import TrainResult, train
 
 __version__ = "0.1.0"
@@ -75,6 +76,7 @@ __all__ = [
     "predict",
     "prefix_ids",
     "train",
+    "train_together",
 ]
 
 _HOMES = {
@@ -92,6 +94,7 @@ _HOMES = {
     "predict": "foreword.predict",
     "prefix_ids": "foreword.attention",
     "train": "foreword.train",
+    "train_together": "foreword.together",
 }
 
 

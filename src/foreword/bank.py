@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from foreword.prefix import Geometry, Prefix, Site, Sites, SiteTensors
 
 __all__ = [
     "NO_PREFIX", "AttendingCall", "AttentionOptions", "Bank", "Call", "Pass", "PerRow", "PerToken", "Shared",
+    "Stacked",
 ]  # fmt: skip
 
 
@@ -103,10 +104,10 @@ NO_PREFIX = Shared({})
 
 
 class PerRow:
-    """Every row reads its own prefix: `rows` int `[batch]` are indices into the bank."""
+    """Every row reads its own prefix: `rows` int `[batch]` are places in the stacks of all sites."""
 
-    def __init__(self, bank: Bank, rows: Tensor) -> None:
-        self.bank, self.rows = bank, rows
+    def __init__(self, stacks: Mapping[Site, _Stack], rows: Tensor) -> None:
+        self.stacks, self.rows = stacks, rows
 
     def slots(self, site: Site, query: Tensor, given: GateInput) -> Slots | None:
         if len(self.rows) != len(query):
@@ -115,7 +116,9 @@ class PerRow:
                 "one id for each row",
                 "pass prefix_ids of the length of the batch",
             )
-        stack = self.bank.stacks[site].to(query.device)
+        if site not in self.stacks:
+            return None
+        stack = self.stacks[site].to(query.device)
         rows = self.rows.to(query.device)
         width = int(stack.lengths[rows].max()) if rows.device.type == "cpu" else stack.width
         if width == 0:
@@ -126,7 +129,7 @@ class PerRow:
 
     @property
     def reads_prompt(self) -> bool:
-        return any("prompt" in stack.poolings.values() for stack in self.bank.stacks.values())
+        return any("prompt" in stack.poolings.values() for stack in self.stacks.values())
 
     def _gate(self, stack: _Stack, rows: Tensor, width: int, given: GateInput, site: Site) -> Tensor | None:
         """Every row's gates `[batch, 1, tokens or 1, slots]`, 1 for rows without; None if no row has any."""
@@ -201,6 +204,25 @@ class _Stack:
         self.gates: Tensor | None = None
         self.poolings: dict[int, str] = {}
 
+    @classmethod
+    def of(cls, members: Sequence[SiteTensors]) -> _Stack:
+        """What several prefixes have at one site, in their order; differentiable in them."""
+        pad, width = torch.nn.functional.pad, max(tensors.length for tensors in members)
+        first = members[0].keys
+        stack = cls(*members[0].shape, first.dtype, first.device)
+        missing = [width - tensors.length for tensors in members]
+        masses = [first.new_zeros(t.length) if t.log_mass is None else t.log_mass for t in members]
+        stack.keys = torch.stack([pad(t.keys, (0, 0, 0, more)) for t, more in zip(members, missing, strict=True)])
+        stack.values = torch.stack([pad(t.values, (0, 0, 0, more)) for t, more in zip(members, missing, strict=True)])
+        stack.bias = torch.stack([pad(m, (0, more), value=-math.inf) for m, more in zip(masses, missing, strict=True)])
+        stack.lengths = torch.tensor([tensors.length for tensors in members], device=first.device)
+        stack.poolings = {place: t.gate.pooling for place, t in enumerate(members) if t.gate is not None}
+        if stack.poolings:
+            weights = [None if t.gate is None else pad(t.gate.weight, (0, width - t.length)) for t in members]
+            shape = next(weight for weight in weights if weight is not None)
+            stack.gates = torch.stack([torch.zeros_like(shape) if weight is None else weight for weight in weights])
+        return stack
+
     @property
     def width(self) -> int:
         return self.keys.shape[2]
@@ -241,6 +263,30 @@ class _Stack:
         self.lengths[index] = 0
         self.bias[index] = -math.inf
         self.poolings.pop(index, None)
+
+
+class Stacked:
+    """The sites of several owners, for passes in which each row reads those of its own; differentiable in all of them.
+
+    >>> from foreword.prefix import SiteTensors
+    >>> site = Site("decoder", 0)
+    >>> one, two = (SiteTensors(torch.ones(1, length, 4), torch.ones(1, length, 4)) for length in (2, 3))
+    >>> call = Stacked([{site: one}, {site: two}]).call([0, 1, 1])
+    >>> call.slots(site, torch.ones(3, 1, 5, 4), GateInput(torch.ones(3, 5, 8))).keys.shape
+    torch.Size([3, 1, 3, 4])
+    """
+
+    def __init__(self, each: Sequence[Sites]) -> None:
+        self._stacks: dict[Site, _Stack] = {}
+        for site in {site: None for sites in each for site in sites}:
+            known = next(sites[site] for sites in each if site in sites)
+            none = SiteTensors(known.keys[:, :0].detach(), known.values[:, :0].detach())
+            self._stacks[site] = _Stack.of([sites.get(site, none) for sites in each])
+
+    def call(self, owners: Sequence[int]) -> PerRow:
+        """What rows with these owners, by their places, read."""
+        devices = [stack.keys.device for stack in self._stacks.values()]
+        return PerRow(self._stacks, torch.tensor(owners, device=devices[0] if devices else None))
 
 
 class Bank:
@@ -328,7 +374,7 @@ class Bank:
         if len(present) == 1 and not (prefix_ids.dim() == 2 and self._pools(present)):
             (index,) = present
             return Shared(self.entry(index)) if index else NO_PREFIX
-        return PerRow(self, prefix_ids) if prefix_ids.dim() == 1 else PerToken(self, prefix_ids)
+        return PerRow(self.stacks, prefix_ids) if prefix_ids.dim() == 1 else PerToken(self, prefix_ids)
 
     def _pools(self, indices: set[int]) -> bool:
         """Whether any of these prefixes has gates that read more than one token."""

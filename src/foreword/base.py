@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.logging import disable_progress_bar
 
 from foreword.attention import Attachment, attachment_of, check_prefix
+from foreword.bank import PerRow
 from foreword.errors import ConfigError, DataError, ModelNotFound, UnsupportedModel
 from foreword.families import Family, family_of, position_limit
 from foreword.fingerprint import fingerprint
@@ -22,9 +23,11 @@ from foreword.packaged import ensure_packaged, packaged_models
 from foreword.prefix import Geometry, Prefix, Site, Sites
 from foreword.streaming import Streamer, cut_at
 
-__all__ = ["BaseModel", "Prefixes", "Score", "pad_rows"]
+__all__ = ["BaseModel", "Prefixes", "Reading", "Score", "pad_rows"]
 
 Prefixes = Prefix | Sequence[Prefix | None] | None
+# What a pass reads: the same sites in all rows, sites of each row's own (both differentiably), or finished prefixes.
+Reading = Sites | PerRow | Prefixes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AUTO_CLASSES = {
@@ -225,16 +228,16 @@ class BaseModel:
                 bank.remove(name)
 
     @contextlib.contextmanager
-    def reading(self, read: Sites | Prefixes, batch: int) -> Iterator[dict[str, Tensor]]:
+    def reading(self, read: Reading, batch: int) -> Iterator[dict[str, Tensor]]:
         """Inside, a forward pass with the yielded arguments reads sites (differentiably), a prefix, or one per row."""
-        if isinstance(read, dict):
+        if isinstance(read, dict | PerRow):
             with self.attachment.bound(read):
                 yield {}
         else:
             with self.rows(read, batch) as ids:
                 yield {"prefix_ids": ids}
 
-    def hidden_states(self, batch: dict[str, Tensor], read: Sites | Prefixes = None) -> Tensor:
+    def hidden_states(self, batch: dict[str, Tensor], read: Reading = None) -> Tensor:
         """An encoder's last hidden states `[batch, tokens, hidden]`, whether it has a head of its own or not.
 
         `batch` has `input_ids` and `attention_mask` `[batch, tokens]`; it may have `token_type_ids`. Differentiable in
@@ -262,7 +265,7 @@ class BaseModel:
                 for handle in handles:
                     handle.remove()
 
-    def completion_loss(self, batch: dict[str, Tensor], read: Sites | Prefixes) -> tuple[Tensor, int]:
+    def completion_loss(self, batch: dict[str, Tensor], read: Reading) -> tuple[Tensor, int]:
         """Negative log-likelihood in nats, summed over completion tokens, and their number; differentiable in sites.
 
         `batch` has `input_ids`, `attention_mask` and `labels` `[batch, tokens]`, -100 outside the completion;
@@ -271,7 +274,7 @@ class BaseModel:
         logits, targets, _ = self.completion_logits(batch, read)
         return completion_nats(logits, targets), len(targets)
 
-    def completion_logits(self, batch: dict[str, Tensor], read: Sites | Prefixes) -> tuple[Tensor, Tensor, Tensor]:
+    def completion_logits(self, batch: dict[str, Tensor], read: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `[tokens, vocab]` at a batch's completion tokens, row after row; their targets and rows `[tokens]`.
 
         `batch` is as for `completion_loss`; differentiable in the sites that are read.

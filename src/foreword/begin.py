@@ -44,7 +44,13 @@ def begin_objective(base: BaseModel, prefix: Prefix | None, task: Task, config: 
     options = HeadOptions(config.head_pooling, config.head_dropout, config.max_tokens, config.seed)
     objective = objective_of(base, task, options, None if prefix is None else prefix.head)
     if objective.score_name:  # a metric whose package is missing is found out now, not after the first epoch
-        get_metric(objective.score_name)(["O"], [["O"]])
+        metric = get_metric(objective.score_name)
+        metric.ready()
+        if not metric.higher_is_better or metric.needs == "sources":
+            raise ConfigError(
+                f"metric {metric.name!r} to select by for task {task.name!r}", "one of labels, higher is better",
+                "name another first",
+            )  # fmt: skip
     if config.select == "score" and not objective.score_name:
         raise ConfigError(
             f"select 'score' for task {task.name!r}, in which nothing is predicted while training", "loss or auto",

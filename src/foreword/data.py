@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from foreword.base import BaseModel
 
 __all__ = [
-    "Encoded", "Rows", "encode_split", "epoch_batches", "micro_batches", "ordered_batches", "usable_rows",
-    "why_unusable",
+    "Encoded", "Rows", "encode_split", "epoch_batches", "micro_batches", "ordered_batches", "tight_batches",
+    "usable_rows", "why_unusable",
 ]  # fmt: skip
 
 # Batches are sorted by length within windows of this many, and lengths are blurred by this share before, so
@@ -145,6 +145,34 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 def ordered_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """All rows once, sorted by length, the longest first: for measurements, where order does not matter."""
     return _cut(sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)), batch_size)
+
+
+def tight_batches(lengths: Sequence[int], overhead: int, most_tokens: int = 0, most_rows: int = 0) -> list[list[int]]:
+    """All rows once, sorted by length, the longest first, cut so that the padded tokens of all passes are fewest.
+
+    A pass itself counts as `overhead` tokens. None has more rows or, but for a single row, more padded tokens than
+    `most_rows` and `most_tokens` (0: no limit).
+
+    >>> tight_batches([9, 3, 10, 3, 3], overhead=4), tight_batches([9, 3, 10, 3, 3], overhead=100)
+    ([[2, 0], [1, 3, 4]], [[2, 0, 1, 3, 4]])
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    cost, start = [0] + [0] * len(order), [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        least = max(0, end - most_rows) if most_rows else 0
+        tried = [
+            (cost[first] + overhead + padded, first)
+            for first in range(least, end)
+            for padded in ((end - first) * lengths[order[first]],)
+            if not most_tokens or padded <= most_tokens or first == end - 1
+        ]
+        cost[end], start[end] = min(tried)
+    batches: list[list[int]] = []
+    end = len(order)
+    while end:
+        batches.append(order[start[end] : end])
+        end = start[end]
+    return batches[::-1]
 
 
 def micro_batches(batch: Sequence[int], size: int, process: int = 0, processes: int = 1) -> list[list[int]]:

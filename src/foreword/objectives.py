@@ -12,23 +12,25 @@ Sources: for the heads P-Tuning v2, arXiv 2110.07602; for label words Brown et a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from foreword.base import BaseModel, Prefixes
+from foreword.bank import Stacked
+from foreword.base import BaseModel, Reading
 from foreword.data import Encoded, Rows, encode_split, usable_rows, why_unusable
 from foreword.errors import ConfigError, PrefixError, PrefixMismatch, UnsupportedModel
 from foreword.heads import HeadModule, kept_shares, pooled
+from foreword.loss import completion_nats
 from foreword.metrics import get_metric
 from foreword.prefix import Head, Sites
 from foreword.tasks import Split, Task
 from foreword.texts import collate_texts, encode_texts, encode_words
 
-__all__ = ["Completion", "HeadOptions", "LabelWords", "Measured", "Objective", "Predicted", "objective_of"]
+__all__ = ["Completion", "HeadOptions", "LabelWords", "Measured", "Objective", "Part", "Predicted", "objective_of"]
 
 Progress = Callable[[int, int], None]
 
@@ -58,6 +60,21 @@ class Measured(NamedTuple):
     predictions: list[Predicted]
 
 
+class Part(NamedTuple):
+    """What one run has in a pass: rows by their numbers, the step that they are read in, its place in `Stacked`."""
+
+    objective: Objective
+    rows: Rows
+    numbers: Sequence[int]
+    step: int = 0
+    owner: int = 0
+
+    @property
+    def chosen(self) -> list[Any]:
+        """The rows as the model reads them."""
+        return [self.rows.encoded[number] for number in self.numbers]
+
+
 class Objective(ABC):
     """A task on a base model. `unit` is what the loss is counted in: a token or a label.
 
@@ -76,16 +93,24 @@ class Objective(ABC):
     def encode(self, split: Split, *, strict: bool = False, progress: Progress | None = None) -> Rows:
         """The usable rows of a split; errors as `foreword.data.encode_split`."""
 
-    @abstractmethod
     def loss(self, rows: Rows, numbers: Sequence[int], sites: Sites, step: int = 0) -> tuple[Tensor, int]:
         """Nats of the right answers of some rows, summed, and their count; differentiable in `sites` and `head`.
 
         What is random depends on the step and on each row's number.
         """
+        return self.losses([Part(self, rows, numbers, step)], sites)[0]
+
+    def measure(self, rows: Rows, numbers: Sequence[int], read: Reading) -> Measured:
+        """The loss and the predictions of some rows."""
+        return self.measures([Part(self, rows, numbers)], read)[0]
 
     @abstractmethod
-    def measure(self, rows: Rows, numbers: Sequence[int], read: Sites | Prefixes) -> Measured:
-        """The loss and the predictions of some rows."""
+    def losses(self, parts: Sequence[Part], read: Reading | Stacked) -> list[tuple[Tensor, int]]:
+        """The `loss` of every part, in one pass; the parts have objectives of this kind on this base model."""
+
+    @abstractmethod
+    def measures(self, parts: Sequence[Part], read: Reading | Stacked) -> list[Measured]:
+        """What `measure` finds for every part, in one pass."""
 
     def answer(self, prediction: Predicted) -> str:
         """A prediction as a metric reads it."""
@@ -101,10 +126,39 @@ class Objective(ABC):
         return get_metric(self.score_name)(answers, [[self.right(example)] for example in rows.examples])
 
 
-class Completion(Objective):
-    """The completion after the prompt; nothing is predicted."""
+def _chosen(parts: Sequence[Part]) -> list[Any]:
+    return [row for part in parts for row in part.chosen]
+
+
+def _reading(parts: Sequence[Part], read: Reading | Stacked, texts: Sequence[int] | None = None) -> Reading:
+    """What the rows of a pass read, in which each chosen row has a number of `texts` (None: one)."""
+    if not isinstance(read, Stacked):
+        return read
+    owners = [part.owner for part in parts for _ in part.numbers]
+    if texts is not None:
+        owners = [owner for owner, count in zip(owners, texts, strict=True) for _ in range(count)]
+    return read.call(owners)
+
+
+class _Writing(Objective):
+    """What objectives that write tokens have in common."""
 
     unit = "token"
+
+    @abstractmethod
+    def pair(self, row: Any) -> tuple[list[int], list[int]]:
+        """Prompt and right completion of an encoded row, as token ids."""
+
+    def losses(self, parts: Sequence[Part], read: Reading | Stacked) -> list[tuple[Tensor, int]]:
+        pairs = [self.pair(row) for row in _chosen(parts)]
+        lengths = iter([len(completion) for _, completion in pairs])
+        counts = [sum(next(lengths) for _ in part.numbers) for part in parts]
+        logits, targets, _ = self.base.completion_logits(self.base.collate(pairs), _reading(parts, read))
+        return list(zip(completion_nats(logits, targets, counts).unbind(), counts, strict=True))
+
+
+class Completion(_Writing):
+    """The completion after the prompt; nothing is predicted."""
 
     def __init__(self, base: BaseModel, task: Task) -> None:
         super().__init__(base, task)
@@ -113,13 +167,12 @@ class Completion(Objective):
     def encode(self, split: Split, *, strict: bool = False, progress: Progress | None = None) -> Rows:
         return encode_split(self.base, split, strict=strict, progress=progress)
 
-    def loss(self, rows: Rows, numbers: Sequence[int], sites: Sites, step: int = 0) -> tuple[Tensor, int]:  # noqa: ARG002
-        return self.base.completion_loss(self.base.collate([rows.encoded[row] for row in numbers]), sites)
+    def pair(self, row: Any) -> tuple[list[int], list[int]]:
+        return cast("tuple[list[int], list[int]]", row)
 
     @torch.no_grad()
-    def measure(self, rows: Rows, numbers: Sequence[int], read: Sites | Prefixes) -> Measured:
-        nats, tokens = self.base.completion_loss(self.base.collate([rows.encoded[row] for row in numbers]), read)
-        return Measured(nats.item(), tokens, [])
+    def measures(self, parts: Sequence[Part], read: Reading | Stacked) -> list[Measured]:
+        return [Measured(nats.item(), tokens, []) for nats, tokens in self.losses(parts, read)]
 
 
 class _Options(NamedTuple):
@@ -130,13 +183,11 @@ class _Options(NamedTuple):
     right: int
 
 
-class LabelWords(Objective):
+class LabelWords(_Writing):
     """The right candidate after the prompt; the likeliest is predicted: by all of its tokens, of options by their mean.
 
     Decoders write candidates without the end token. Candidates of a row that begin alike are computed together.
     """
-
-    unit = "token"
 
     def encode(self, split: Split, *, strict: bool = False, progress: Progress | None = None) -> Rows:
         known: dict[str, list[int]] = {}
@@ -158,16 +209,18 @@ class LabelWords(Objective):
             reason = f"label {example.label!r} of {len(candidates)} options"
         return Encoded(_Options(prompt, candidates, right), len(prompt) + max(lengths), reason)
 
-    def loss(self, rows: Rows, numbers: Sequence[int], sites: Sites, step: int = 0) -> tuple[Tensor, int]:  # noqa: ARG002
-        chosen: list[_Options] = [rows.encoded[row] for row in numbers]
-        batch = self.base.collate([(each.prompt, each.candidates[each.right]) for each in chosen])
-        return self.base.completion_loss(batch, sites)
+    def pair(self, row: Any) -> tuple[list[int], list[int]]:
+        return row.prompt, row.candidates[row.right]
 
     @torch.no_grad()
-    def measure(self, rows: Rows, numbers: Sequence[int], read: Sites | Prefixes) -> Measured:
-        chosen: list[_Options] = [rows.encoded[row] for row in numbers]
+    def measures(self, parts: Sequence[Part], read: Reading | Stacked) -> list[Measured]:
+        costs = iter(self._costs(parts, read))
+        return [self._measured([(options, next(costs)) for options in part.chosen]) for part in parts]
+
+    def _measured(self, found: Sequence[tuple[_Options, Tensor]]) -> Measured:
+        """What the nats of every candidate say of some rows."""
         nats, count, predictions = 0.0, 0, []
-        for options, costs in zip(chosen, self._costs(chosen, read), strict=True):
+        for options, costs in found:
             lengths = torch.tensor([len(ids) for ids in options.candidates], dtype=costs.dtype)
             nats, count = nats + float(costs[options.right]), count + len(options.candidates[options.right])
             ranked = -costs / lengths if self.task.kind == "choice" else -costs
@@ -176,10 +229,12 @@ class LabelWords(Objective):
             predictions.append(Predicted((best,), float(chances[best])))
         return Measured(nats, count, predictions)
 
-    def _costs(self, chosen: Sequence[_Options], read: Sites | Prefixes) -> list[Tensor]:
+    def _costs(self, parts: Sequence[Part], read: Reading | Stacked) -> list[Tensor]:
         """Nats of every candidate of every row, each `[candidates]`."""
         written: list[tuple[list[int], list[int]]] = []
         places = []  # of every candidate: in which written row it can be read
+        texts = []  # how many rows are written for each
+        chosen: list[_Options] = _chosen(parts)
         for options in chosen:
             own: list[list[int]] = []
             for ids in sorted(options.candidates, key=len, reverse=True):
@@ -189,8 +244,9 @@ class LabelWords(Objective):
                 carrier = next(k for k, each in enumerate(own) if _begins_with(each, ids[:-1]))
                 places.append(len(written) + carrier)
             written += [(options.prompt, ids) for ids in own]
+            texts.append(len(own))
         # An encoder reads each prompt as often as there are candidates, as it does in training.
-        logits, _, rows = self.base.completion_logits(self.base.collate(written), read)
+        logits, _, rows = self.base.completion_logits(self.base.collate(written), _reading(parts, read, texts))
         chances = logits.float().log_softmax(-1)
         starts = torch.searchsorted(rows.cpu(), torch.arange(len(written))).tolist()
         found, place = [], iter(places)
@@ -231,32 +287,46 @@ class _Head(Objective):
         self.head.to(base.device)
 
     @abstractmethod
-    def vectors(self, chosen: Sequence[Any], read: Sites | Prefixes) -> tuple[Tensor, list[int]]:
+    def vectors(self, parts: Sequence[Part], read: Reading | Stacked) -> tuple[Tensor, list[int]]:
         """What the head reads `[vectors, hidden]`, and how many vectors each row has."""
 
     @abstractmethod
     def logits(self, vectors: Tensor, counts: Sequence[int]) -> Tensor:
         """Of each answer to be given, `[answers, outputs or options]`."""
 
-    def loss(self, rows: Rows, numbers: Sequence[int], sites: Sites, step: int = 0) -> tuple[Tensor, int]:
-        chosen = [rows.encoded[row] for row in numbers]
-        vectors, counts = self.vectors(chosen, sites)
-        if self.options.dropout:
-            seed = self.options.seed * 1_000_003 + step
-            shares = kept_shares(numbers, counts, vectors.shape[1], self.options.dropout, seed)
-            vectors = vectors * shares.to(vectors.device, vectors.dtype)
-        targets = self._targets(chosen, vectors.device)
-        logits = self.logits(vectors, counts)
-        return nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets)
+    def losses(self, parts: Sequence[Part], read: Reading | Stacked) -> list[tuple[Tensor, int]]:
+        found = []
+        for part, own, vectors, counts in self._vectors_of(parts, read):
+            if own.options.dropout:
+                seed = own.options.seed * 1_000_003 + part.step
+                shares = kept_shares(part.numbers, counts, vectors.shape[1], own.options.dropout, seed)
+                vectors = vectors * shares.to(vectors.device, vectors.dtype)
+            targets = own._targets(part.chosen, vectors.device)
+            logits = own.logits(vectors, counts)
+            found.append((nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets)))
+        return found
 
     @torch.no_grad()
-    def measure(self, rows: Rows, numbers: Sequence[int], read: Sites | Prefixes) -> Measured:
-        chosen = [rows.encoded[row] for row in numbers]
-        logits = self.logits(*self.vectors(chosen, read))
-        targets = self._targets(chosen, logits.device)
-        nats = nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        chances, labels = torch.softmax(logits, -1).max(-1)
-        return Measured(nats, len(targets), self._predictions(chosen, labels.tolist(), chances.tolist()))
+    def measures(self, parts: Sequence[Part], read: Reading | Stacked) -> list[Measured]:
+        found = []
+        for part, own, vectors, counts in self._vectors_of(parts, read):
+            logits = own.logits(vectors, counts)
+            targets = own._targets(part.chosen, logits.device)
+            nats = nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            chances, labels = torch.softmax(logits, -1).max(-1)
+            predictions = own._predictions(part.chosen, labels.tolist(), chances.tolist())
+            found.append(Measured(nats, len(targets), predictions))
+        return found
+
+    def _vectors_of(
+        self, parts: Sequence[Part], read: Reading | Stacked
+    ) -> Iterator[tuple[Part, _Head, Tensor, list[int]]]:
+        """Every part with its objective, the vectors that its head reads, and how many each of its rows has."""
+        vectors, counts = self.vectors(parts, read)
+        left = iter(counts)
+        own = [[next(left) for _ in part.numbers] for part in parts]
+        for part, each, numbers in zip(parts, vectors.split([sum(numbers) for numbers in own]), own, strict=True):
+            yield part, cast(_Head, part.objective), each, numbers
 
     def _targets(self, chosen: Sequence[Any], device: torch.device) -> Tensor:
         return torch.tensor([label for each in chosen for label in each.labels], dtype=torch.long, device=device)
@@ -292,10 +362,12 @@ class TextHead(_Head):
             encoded.append(Encoded(values, tokens, reason, any(text.cut for text in texts)))
         return usable_rows(split, encoded, strict=strict, progress=progress)
 
-    def vectors(self, chosen: Sequence[_Texts], read: Sites | Prefixes) -> tuple[Tensor, list[int]]:
+    def vectors(self, parts: Sequence[Part], read: Reading | Stacked) -> tuple[Tensor, list[int]]:
+        chosen: list[_Texts] = _chosen(parts)
+        counts = [len(each.texts) for each in chosen]
         batch = collate_texts(self.base, [text for each in chosen for text in each.texts])
-        hidden = self.base.hidden_states(batch, read)
-        return pooled(hidden, batch["attention_mask"], self.head.pooling), [len(each.texts) for each in chosen]
+        hidden = self.base.hidden_states(batch, _reading(parts, read, counts))
+        return pooled(hidden, batch["attention_mask"], self.head.pooling), counts
 
     def logits(self, vectors: Tensor, counts: Sequence[int]) -> Tensor:
         logits: Tensor = self.head(vectors)
@@ -330,8 +402,10 @@ class WordHead(_Head):
             encoded.append(Encoded(values, len(text.ids), "" if tags else "no word has tokens", text.cut))
         return usable_rows(split, encoded, strict=strict, progress=progress)
 
-    def vectors(self, chosen: Sequence[_Tags], read: Sites | Prefixes) -> tuple[Tensor, list[int]]:
-        hidden = self.base.hidden_states(collate_texts(self.base, [each.text for each in chosen]), read)
+    def vectors(self, parts: Sequence[Part], read: Reading | Stacked) -> tuple[Tensor, list[int]]:
+        chosen: list[_Tags] = _chosen(parts)
+        batch = collate_texts(self.base, [each.text for each in chosen])
+        hidden = self.base.hidden_states(batch, _reading(parts, read))
         counts = [len(each.labels) for each in chosen]
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
         places = [place for each in chosen for place in each.text.places if place >= 0]
