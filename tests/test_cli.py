@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,19 @@ def test_evaluate_beside_the_base(run, trained: Path, rows: str, tmp_path: Path)
     assert base["prefix"] is None and prefix["rows"] == 5 and set(prefix["scores"]) == {"bleu", "chrf++"}
     assert prefix["nats_per_token"] < base["nats_per_token"]
     assert len(json.loads(saved.read_text())["outputs"]) == 5
+
+
+def test_evaluate_with_chosen_metrics(run, trained: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["evaluate", str(trained), "--test", rows, *COLUMNS, "--limit", "5", "--max-new-tokens", "4", "--json"]
+    command += ["--out", str(trained.parent / "chosen.json"), "--metrics"]
+    status, out, _ = run(*command, "nist, summary")
+    assert status == 0 and set(last_json(out)["results"][0]["scores"]) == {"nist", "rouge_1", "rouge_2", "rouge_l"}
+    assert re.search(r"nist +\W* *\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", out)
+    status, _, err = run(*command, "blue")
+    assert status == 1 and "metric 'blue'; expected one of bleu, nist" in err and "or a set: e2e, webnlg" in err
+    monkeypatch.setenv("PATH", "")
+    status, out, err = run(*command, "meteor")
+    assert status == 1 and "'java' is not installed" in err and "prompt" not in out
 
 
 def test_generate_streams_one_and_batches_many(run, trained: Path) -> None:

@@ -27,6 +27,7 @@ from foreword.cli import (
     serve,
     similarity,
     store,
+    study,
     tenant,
     train,
 )
@@ -77,6 +78,7 @@ app.add_typer(store.store, name="store")
 app.add_typer(tenant.tenant, name="tenant")
 app.add_typer(admin.admin, name="admin")
 app.add_typer(bench.app, name="bench")
+app.add_typer(study.study, name="study")
 
 
 def _version(wanted: bool) -> None:

@@ -141,16 +141,19 @@ def _next(folder: Path, task: str | None, labels: bool = False, head: bool = Fal
 
 def _print_seeds(result: SeedsResult, folder: Path) -> None:
     """One row for each seed, and what they have in common."""
+    from foreword.metrics import number_format
+
     names = list(result.scores)
+    spreads = [(spread, number_format(name)) for name, spread in result.scores.items()]
     rows: list[list[Any]] = []
     for place, (seed, run) in enumerate(zip(result.seeds, result.runs, strict=True)):
         dev = run.metrics.get("best_dev_score")
-        own = [f"{result.scores[name].per_seed[place]:.1f}" for name in names]
+        own = [format(each.per_seed[place], spec) for each, spec in spreads]
         shown = f"{run.metrics['best_dev_loss']:.3f}" if dev is None else f"{dev:.1f}"
         rows.append([f"seed {seed}", shown, run.metrics["best_step"], f"{run.metrics['wall_seconds']:.0f}", *own])
     if names:
-        rows.append(["mean ± sd", "", "", "", *(f"{s.mean:.1f} ± {s.std:.1f}" for s in result.scores.values())])
-        rows.append(["95 %", "", "", "", *(f"[{s.low:.1f}, {s.high:.1f}]" for s in result.scores.values())])
+        rows.append(["mean ± sd", "", "", "", *(f"{s.mean:{spec}} ± {s.std:{spec}}" for s, spec in spreads)])
+        rows.append(["95 %", "", "", "", *(f"[{s.low:{spec}}, {s.high:{spec}}]" for s, spec in spreads)])
     metrics = result.runs[0].metrics
     dev = f"dev {metrics['score']}" if metrics.get("best_dev_score") is not None else "dev loss"
     table(f"{folder}{', test scores' if names else ''}", ["", dev, "best step", "seconds", *names], rows)

@@ -1,0 +1,258 @@
+"""What one run of a study does: draw the rows, tune and fit a method, write for the test rows, score.
+
+The configuration is flat. These keys say what is compared on what; all others are options of the method, as
+`foreword.methods.MethodConfig` explains them:
+
+    method            one of `foreword.methods.METHODS`
+    base, dtype       the base model and its precision
+    task, task_*      the task and its options: task_transfer = "within-news" is its option `transfer`
+    instruction       what the task asks for, in other words than the task's own
+    rows, fraction    so many training rows, with 0.3 times as many for dev, or a share of them; else all
+    sample, seed      seeds of the drawn rows and of training
+    dev_limit         the first dev rows only (0: all)
+    tuning            so many candidates of the method's search space, the best by dev loss; 0: its defaults
+    tests             tasks whose test rows are written, such as "webnlg-seen webnlg-unseen"; "": the task's own
+    test_limit        the first test rows only (0: all)
+    metrics           names of metrics, separated by spaces; "": the task's own
+    beams, test_batch_size
+
+Nothing else of `foreword.experiments` is read here: this file is part of the code version of a result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreword.errors import ConfigError, RunError
+from foreword.storage import write_atomic
+from foreword.tasks import Split, Task, drawn, get_task
+
+if TYPE_CHECKING:
+    from foreword.base import BaseModel
+    from foreword.methods import Fitted, MethodConfig
+
+__all__ = ["PROTOCOL", "TEXTS", "check", "data_of", "perform"]
+
+Progress = Callable[[str, int, int], None]
+
+TEXTS = "texts.jsonl"  # beside the result: one line for each test row
+PROTOCOL: dict[str, Any] = {
+    "method": "", "base": "smollm2-135m", "dtype": "auto", "task": "", "instruction": "", "rows": 0, "fraction": 1.0,
+    "sample": 0, "seed": 0, "dev_limit": 0, "tuning": 0, "tests": "", "test_limit": 0, "metrics": "", "beams": 1,
+    "test_batch_size": 20,
+}  # fmt: skip
+_TASK_OPTION = "task_"
+_AT_LEAST = {"beams": 1, "test_batch_size": 1}
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a configuration that cannot be performed; nothing is loaded or read.
+
+    >>> check({"method": "prefix", "task": "e2e", "rows": "many"})
+    Traceback (most recent call last):
+    foreword.errors.ConfigError: rows = 'many'; expected a whole number of at least 0; correct rows
+    """
+    from foreword.metrics import get_metric
+
+    for key, default in PROTOCOL.items():
+        _check_value(key, config.get(key, default), default)
+    protocol = _protocol(config)
+    if not 0 < protocol["fraction"] <= 1 or (protocol["rows"] and protocol["fraction"] != 1):
+        raise ConfigError(f"fraction = {protocol['fraction']}", "above 0 and at most 1, without rows", "correct it")
+    for task in _tasks(config).values():
+        if task.kind != "generation":
+            raise ConfigError(f"task = {task.name!r} ({task.kind})", "a task whose answers are written", "choose one")
+    for name in protocol["metrics"].split():
+        get_metric(name)
+    _candidates(config)
+
+
+def data_of(config: Mapping[str, Any]) -> str:
+    """The hash of the rows that a run draws from and is tested on. Raises `DataError` where they are not to be had."""
+    protocol = _protocol(config)
+    own, tests = _names(config)
+    limits = {"train": 0, "dev": protocol["dev_limit"], "test": protocol["test_limit"]}
+    wanted = [(own, "train")] + ([] if protocol["rows"] else [(own, "dev")]) + [(test, "test") for test in tests]
+    options = json.dumps(_task_options(config), sort_keys=True)
+    found = [_split_hash(name, options, split, limits[split]) for name, split in wanted]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """Make one run; scores by test and metric with 95 % intervals, sizes and times. The texts go into `folder`.
+
+    `train_seconds` are those of the fit that was chosen, `tuning_seconds` those of all candidates. Raises what
+    `foreword.methods.fit` and the metrics raise.
+    """
+    from foreword.runs import peak_memory_bytes
+
+    protocol = _protocol(config)
+    tasks = _tasks(config)
+    base = _base(protocol["base"], protocol["dtype"])
+    task = tasks[""]
+    options = {"rows": protocol["rows"], "fraction": protocol["fraction"], "sample_seed": protocol["sample"]}
+    source = drawn(task, options)
+    train = source.split("train")
+    dev = source.split("dev", limit=protocol["dev_limit"] or None)
+    fitted, tried = _best(base, train, dev, config, protocol["instruction"] or task.instruction, progress)
+    tests = {name: each for name, each in tasks.items() if name}
+    written = _write(fitted, tests, protocol, folder, progress)
+    return {
+        **written,
+        "dev_nats_per_token": fitted.metrics["dev_loss"],
+        "parameters": fitted.parameters,
+        "num_bytes": fitted.num_bytes,
+        "train_seconds": fitted.metrics["train_seconds"],
+        "tuning_seconds": sum(each["seconds"] for each in tried),
+        "chosen": fitted.config.to_dict(),
+        "candidates": tried,
+        "fit": fitted.metrics,
+        "data": {"train": train.sha256, "dev": dev.sha256},
+        "rows": {"train": len(train), "dev": len(dev)},
+        "base_fingerprint": base.fingerprint,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "process_peak_memory_bytes": peak_memory_bytes(base.device),  # former runs of the process included
+    }
+
+
+def _best(
+    base: BaseModel, train: Split, dev: Split, config: Mapping[str, Any], instruction: str, progress: Progress
+) -> tuple[Fitted, list[dict[str, Any]]]:
+    """The fit with the lowest dev loss, the first of equals; and what each candidate came to.
+
+    A candidate whose loss is not finite has lost. Raises `RunError` if that is so for all.
+    """
+    from foreword.methods import fit
+
+    best: Fitted | None = None
+    tried = []
+    candidates = _candidates(config)
+    for number, candidate in enumerate(candidates, start=1):
+        which = f"candidate {number} of {len(candidates)}: " if len(candidates) > 1 else ""
+        start = time.perf_counter()
+        try:
+            fitted = fit(base, train, dev, candidate, instruction=instruction, progress=_named(progress, which))
+        except RunError as error:
+            if best is None and number == len(candidates):
+                raise
+            seconds = time.perf_counter() - start
+            tried.append({"config": candidate.to_dict(), "error": str(error), "seconds": seconds})
+            continue
+        seconds = time.perf_counter() - start
+        loss = fitted.metrics["dev_loss"]
+        tried.append({"config": candidate.to_dict(), "dev_nats_per_token": loss, "seconds": seconds})
+        if best is None or loss < best.metrics["dev_loss"]:
+            best = fitted
+    assert best is not None, "a method has at least one candidate"
+    return best, tried
+
+
+def _write(
+    fitted: Fitted, tests: Mapping[str, Task], protocol: Mapping[str, Any], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write for the test rows of each task, score, and keep the texts; a prompt of several tests is written once."""
+    from foreword.evaluate import score_outputs
+
+    known: dict[str, str] = {}
+    scores, costs, counts, lines = {}, {}, {}, []
+    seconds = 0.0
+    for name, task in tests.items():
+        examples = task.split("test", limit=protocol["test_limit"] or None).examples
+        prompts = [prompt for prompt in dict.fromkeys(example.prompt for example in examples) if prompt not in known]
+        start = time.perf_counter()
+        if prompts:
+            advance = functools.partial(progress, f"writing {name}")
+            texts = fitted.generate(
+                prompts, max_new_tokens=task.max_new_tokens, stop=list(task.stop), num_beams=protocol["beams"],
+                batch_size=protocol["test_batch_size"], progress=advance,
+            )  # fmt: skip
+            known.update(zip(prompts, (text.strip() for text in texts), strict=True))
+        seconds += time.perf_counter() - start
+        outputs = [known[example.prompt] for example in examples]
+        found = score_outputs(protocol["metrics"].split() or list(task.metrics), outputs, examples)
+        scores[name] = {metric: score._asdict() for metric, score in found.items()}
+        costs[name] = fitted.score(examples, batch_size=protocol["test_batch_size"])
+        counts[name] = len(examples)
+        for example, text in zip(examples, outputs, strict=True):
+            line = {"test": name, "id": example.id, "prompt": example.prompt, "text": text}
+            lines.append(json.dumps({**line, "references": example.references}, ensure_ascii=False))
+    write_atomic(folder / TEXTS, "".join(f"{line}\n" for line in lines))
+    return {
+        "scores": scores, "nats_per_token": costs, "test_rows": counts, "inference_seconds": seconds,
+        "inference_rows": len(known),
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _base(name: str, dtype: str) -> BaseModel:
+    """The base model; a process that makes several runs keeps it."""
+    from foreword.base import BaseModel
+
+    return BaseModel.load(name, dtype=dtype, progress=lambda *_: None)  # no bars but those of the study
+
+
+def _candidates(config: Mapping[str, Any]) -> list[MethodConfig]:
+    """What is tried: the method's defaults, or the first candidates of its search space."""
+    from foreword.methods import SEARCH_SIZE, MethodConfig, search_space
+
+    protocol = _protocol(config)
+    own = {key: value for key, value in config.items() if key not in PROTOCOL and not key.startswith(_TASK_OPTION)}
+    shared = {**own, "seed": protocol["seed"]}
+    if not protocol["tuning"]:
+        return [MethodConfig.of(protocol["method"], **shared)]
+    if protocol["tuning"] > SEARCH_SIZE:
+        raise ConfigError(f"tuning = {protocol['tuning']}", f"at most {SEARCH_SIZE} candidates", "correct tuning")
+    return search_space(protocol["method"], **shared)[: protocol["tuning"]]
+
+
+def _protocol(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config.get(key, default) for key, default in PROTOCOL.items()}
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    """Raise unless a value is of the kind of its default; a number may not be below 0, or what it needs at least."""
+    least = _AT_LEAST.get(key, 0)
+    if isinstance(default, str):
+        right, expected = isinstance(value, str), "a text"
+    elif isinstance(default, float):
+        right, expected = type(value) in (int, float), "a number"
+    else:
+        right, expected = type(value) is int and value >= least, f"a whole number of at least {least}"
+    if not right:
+        raise ConfigError(f"{key} = {value!r}", expected, f"correct {key}")
+    if key in ("method", "task") and not value:
+        raise ConfigError(f"no {key}", f"the name of a {key}", f"add {key} = ...")
+
+
+def _task_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(_TASK_OPTION): config[key] for key in config if key.startswith(_TASK_OPTION)}
+
+
+def _names(config: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The task that is trained on, and those whose test rows are written."""
+    protocol = _protocol(config)
+    return protocol["task"], protocol["tests"].split() or [protocol["task"]]
+
+
+def _tasks(config: Mapping[str, Any]) -> dict[str, Task]:
+    """The task that is trained on under "", and those that are tested by their names; `test` where it is the same."""
+    own, tests = _names(config)
+    options = _task_options(config)
+    named = {name: get_task(name, **options) for name in tests}
+    return {"": get_task(own, **options), **(named if config.get("tests") else {"test": named[own]})}
+
+
+@functools.lru_cache(maxsize=256)
+def _split_hash(task: str, options: str, split: str, limit: int) -> str:
+    return get_task(task, **json.loads(options)).split(split, limit=limit or None).sha256
+
+
+def _named(progress: Progress, which: str) -> Progress:
+    return lambda stage, done, total: progress(which + stage, done, total)

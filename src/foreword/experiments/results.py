@@ -1,0 +1,203 @@
+"""What the runs of a study came to: cells over their repetitions, and differences on the same rows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from foreword.errors import RunError
+from foreword.experiments.plan import Value
+from foreword.experiments.records import Job, read_record, read_result
+from foreword.metrics import get_metric, number_format
+from foreword.metrics.bootstrap import PairedDifference, paired_difference
+
+__all__ = ["Cell", "Difference", "Results", "Spread", "gather"]
+
+TEXTS = "texts.jsonl"
+_REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
+_PLACES = ("rows", "fraction", "length", "share", "rank")  # what a study is drawn over, the first that differs
+_SAMPLES = 2000
+
+
+class Spread(NamedTuple):
+    """The mean of a cell's repetitions and the ends that are shown: least and most, or of one run its interval."""
+
+    mean: float
+    low: float
+    high: float
+    runs: int
+    form: str  # how numbers of the metric are written
+
+    def __str__(self) -> str:
+        return f"{self.mean:{self.form}} [{self.low:{self.form}}, {self.high:{self.form}}]"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ in their sample and seed only; `results` and `folders` go by these two."""
+
+    panel: str
+    label: str
+    place: float | None
+    config: dict[str, Value]
+    results: dict[tuple[Value, Value], dict[str, Any]] = field(repr=False)
+    folders: dict[tuple[Value, Value], Path] = field(repr=False)
+
+    def score(self, test: str, metric: str) -> Spread:
+        """The score over the repetitions."""
+        found = [each["scores"][test][metric] for each in self.results.values()]
+        values = [each["value"] for each in found]
+        if len(found) == 1:
+            return Spread(values[0], found[0]["low"], found[0]["high"], 1, number_format(metric))
+        return Spread(statistics.fmean(values), min(values), max(values), len(values), number_format(metric))
+
+    def mean(self, key: str) -> float:
+        """The mean of another number of the results."""
+        return statistics.fmean(float(each[key]) for each in self.results.values())
+
+    def texts(self, repetition: tuple[Value, Value], test: str) -> list[dict[str, Any]]:
+        """What was written for the rows of a test. Raises `RunError` for a file that is damaged or missing."""
+        path = self.folders[repetition] / TEXTS
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [row for row in rows if row["test"] == test]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(
+                f"{path} cannot be read", "the texts of a run", f"remove {path.parent} and run again"
+            ) from None
+
+
+class Difference(NamedTuple):
+    """How much higher one cell scores than another, on the same rows, samples and seeds."""
+
+    first: Cell
+    second: Cell
+    test: str
+    metric: str
+    found: PairedDifference
+    runs: int
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the 95 % interval leaves out 0."""
+        return not self.found.low <= 0 <= self.found.high
+
+    @property
+    def interval(self) -> str:
+        """The ends of the interval in words."""
+        form = number_format(self.metric)
+        return f"[{self.found.low:+{form}}, {self.found.high:+{form}}]"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The cells of a study, and the jobs without a result; `place` names what cells are drawn over, "" for nothing."""
+
+    cells: tuple[Cell, ...]
+    missing: tuple[Job, ...]
+    jobs: tuple[Job, ...]
+    place: str
+
+    @cached_property
+    def panels(self) -> list[str]:
+        """What differs besides method, place and repetition, such as the task."""
+        return list(dict.fromkeys(cell.panel for cell in self.cells))
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The methods, as the study's files call them."""
+        return list(dict.fromkeys(cell.label for cell in self.cells))
+
+    def of(self, panel: str, label: str | None = None, place: float | None = None) -> list[Cell]:
+        """The cells of a panel, by label and place."""
+        return [
+            cell for cell in self.cells
+            if cell.panel == panel and label in (None, cell.label) and (place is None or place == cell.place)
+        ]  # fmt: skip
+
+    def places(self, panel: str) -> list[float | None]:
+        """Where the cells of a panel are, the least first."""
+        found = {cell.place for cell in self.of(panel)}
+        return sorted(found, key=lambda place: -1.0 if place is None else place)
+
+    def tests(self, panel: str) -> list[str]:
+        """The tests of a panel, in order."""
+        return list(
+            dict.fromkeys(test for cell in self.of(panel) for each in cell.results.values() for test in each["scores"])
+        )
+
+    def metrics(self, panel: str, test: str) -> list[str]:
+        """The metrics of a test, the main one first."""
+        cells = [each["scores"].get(test, {}) for cell in self.of(panel) for each in cell.results.values()]
+        return list(dict.fromkeys(name for scores in cells for name in scores))
+
+
+def gather(jobs: Iterable[Job]) -> Results:
+    """The results of jobs as cells. Raises `RunError` for a damaged file."""
+    jobs = tuple(jobs)
+    axes = {job.name: [part.partition("=")[0] for part in job.name.split(",")[1:]] for job in jobs}
+    differing = dict.fromkeys(key for keys in axes.values() for key in keys if key not in _REPEATED)
+    numeric = [key for key in differing if all(_is_number(job.config.get(key)) for job in jobs)]
+    place = next((key for key in (*_PLACES, *numeric) if key in numeric), "")
+    cells: dict[tuple[str, str, float | None], Cell] = {}
+    missing = []
+    for job in jobs:
+        result = read_result(job.folder)
+        if result is None:
+            missing.append(job)
+            continue
+        others = [key for key in axes[job.name] if key not in (*_REPEATED, "task", place)]
+        label = " ".join([job.name.partition(",")[0], *(f"{key} {job.config[key]}" for key in others)])
+        panel = str(job.config["task"]) if "task" in axes[job.name] else ""
+        where = float(job.config[place]) if place else None
+        cell = cells.setdefault((panel, label, where), Cell(panel, label, where, job.config, {}, {}))
+        repetition = (job.config.get("sample", 0), job.config.get("seed", 0))
+        cell.results[repetition], cell.folders[repetition] = result, Path(job.folder)
+    return Results(tuple(cells.values()), tuple(missing), jobs, place)
+
+
+def difference(first: Cell, second: Cell, test: str, metric: str) -> Difference | None:
+    """How much higher the second cell scores; None where they have no repetition in common.
+
+    Rows are drawn and exchanged with all repetitions of both cells, so that a row counts as one however often it was
+    written for.
+    """
+    common = [each for each in first.results if each in second.results]
+    if not common:
+        return None
+    scorer = get_metric(metric)
+    one: Any = 0.0
+    two: Any = 0.0
+    for repetition in common:
+        rows, others = first.texts(repetition, test), second.texts(repetition, test)
+        if [row["id"] for row in rows] != [row["id"] for row in others]:
+            raise RunError(f"{first.label} and {second.label} were tested on other rows", "the same", "run them again")
+        targets: Sequence[Any] = [row["references"] if scorer.needs == "references" else row["prompt"] for row in rows]
+        a, b = scorer.paired_statistics([row["text"] for row in rows], [row["text"] for row in others], targets)
+        one, two = one + a, two + b
+    return Difference(first, second, test, metric, paired_difference(scorer, one, two, samples=_SAMPLES), len(common))
+
+
+def recorded(results: Results) -> dict[str, Any]:
+    """What is common to the records of all runs that are done: versions, machine, code, commit."""
+    records = [read_record(job.folder) for job in results.jobs if job not in results.missing]
+    keys = ("versions", "machine", "code", "git")
+    return {key: _agreed([record.get(key) for record in records]) for key in keys}
+
+
+def _agreed(values: list[Any]) -> Any:
+    """The value that all have; else all of them, each once."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found[0] if len(found) == 1 else found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

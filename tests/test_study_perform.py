@@ -1,0 +1,220 @@
+"""One run of a study: what it reads, tunes, writes and records, with tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.studying import tiny_study
+from tests.tiny import VOCAB
+
+from foreword.base import BaseModel
+from foreword.errors import ConfigError, DataError, RunError
+from foreword.evaluate import score_outputs
+from foreword.experiments import jobs_of, list_studies, load_study
+from foreword.experiments.perform import TEXTS, _base, check, data_of, perform
+from foreword.methods import METHODS, MethodConfig, fit, search_space
+from foreword.tasks import LowData, get_task
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A configuration with a tiny model and rows of its own."""
+    yield tiny_study(tmp_path_factory.mktemp("tiny"))
+    _base.cache_clear()
+
+
+def run(tmp_path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], set[str]]:
+    stages: set[str] = set()
+    result = perform(config, tmp_path, lambda stage, done, total: stages.add(stage))
+    lines = [json.loads(line) for line in (tmp_path / TEXTS).read_text().splitlines()]
+    return json.loads(json.dumps(result, allow_nan=False)), lines, stages
+
+
+def test_a_run_equals_its_parts_done_by_hand(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    config = {**tiny, "rows": 12, "sample": 3, "seed": 1, "method": "prefix", "epochs": 2, "length": 3}
+    result, lines, stages = run(tmp_path, config)
+    base = BaseModel.load(tiny["base"], dtype="float32")
+    task = get_task("files", train=tiny["task_train"], test=tiny["task_test"])
+    source = LowData(task, 12, 3)
+    fitted = fit(
+        base, source.split("train"), source.split("dev"),
+        MethodConfig.of("prefix", epochs=2, length=3, seed=1), instruction=task.instruction,
+    )  # fmt: skip
+    examples = task.split("test", limit=6).examples
+    texts = fitted.generate(
+        [example.prompt for example in examples],
+        max_new_tokens=task.max_new_tokens,
+        stop=[],
+        num_beams=1,
+        batch_size=20,
+    )
+    assert [line["text"] for line in lines] == [text.strip() for text in texts] and len(lines) == 6
+    assert [line["references"] for line in lines] == [list(example.references) for example in examples]
+    scores = score_outputs(task.metrics, [line["text"] for line in lines], examples)
+    assert result["scores"] == {"test": {name: score._asdict() for name, score in scores.items()}}
+    assert result["nats_per_token"]["test"] == pytest.approx(fitted.score(examples), rel=1e-5)
+    assert result["dev_nats_per_token"] == fitted.metrics["dev_loss"]
+    assert result["parameters"] == fitted.parameters and result["num_bytes"] == fitted.num_bytes
+    assert result["rows"] == {"train": 12, "dev": 4} and result["test_rows"] == {"test": 6}
+    assert result["chosen"] == fitted.config.to_dict() and len(result["candidates"]) == 1
+    assert result["base_fingerprint"] == base.fingerprint and result["device"] == str(base.device)
+    assert result["train_seconds"] > 0 and result["inference_seconds"] > 0
+    assert "writing test" in stages and any(stage.startswith("training") for stage in stages)
+
+
+def test_tuning_tries_as_many_candidates_and_keeps_the_best(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    config = {**tiny, "rows": 10, "method": "lora", "tuning": 3, "epochs": 1, "rank": 2}
+    result, _, stages = run(tmp_path, config)
+    tried = result["candidates"]
+    grid = search_space("lora", epochs=1, rank=2, seed=0)[:3]
+    assert [each["config"] for each in tried] == [each.to_dict() for each in grid]
+    best = min(tried, key=lambda each: each["dev_nats_per_token"])
+    assert len({each["dev_nats_per_token"] for each in tried}) == 3
+    assert (result["chosen"], result["dev_nats_per_token"]) == (best["config"], best["dev_nats_per_token"])
+    assert result["tuning_seconds"] == pytest.approx(sum(each["seconds"] for each in tried))
+    assert any(stage.startswith("candidate 3 of 3: ") for stage in stages)
+
+
+def test_a_candidate_that_diverges_has_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any]
+) -> None:
+    config = {**tiny, "rows": 10, "method": "lora", "tuning": 3, "epochs": 1, "rank": 2}
+    grid = search_space("lora", epochs=1, rank=2, seed=0)[:3]
+    lost = {grid[0].learning_rate, grid[2].learning_rate}
+
+    def diverging(base: BaseModel, train: Any, dev: Any, candidate: MethodConfig, **options: Any) -> Any:
+        if candidate.learning_rate in lost:
+            raise RunError("loss is nan", "finite numbers", "lower learning_rate")
+        return fit(base, train, dev, candidate, **options)
+
+    monkeypatch.setattr("foreword.methods.fit", diverging)
+    result, _, _ = run(tmp_path, config)
+    assert [("error" in each) for each in result["candidates"]] == [True, False, True]
+    assert result["chosen"] == grid[1].to_dict()
+    lost.add(grid[1].learning_rate)
+    with pytest.raises(RunError, match="loss is nan"):
+        run(tmp_path, config)
+
+
+def test_several_tests_of_one_fit_share_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any]
+) -> None:
+    from foreword.experiments import perform as module
+
+    whole = get_task("files", train=tiny["task_train"], test=tiny["task_test"])
+
+    class Part:
+        """The first rows under another name."""
+
+        name, kind, metrics, max_new_tokens, stop = "part", "generation", ("exact_match",), 64, ()
+
+        def split(self, name: str, limit: int | None = None, strict: bool = False) -> Any:
+            return whole.split(name, limit=2)
+
+    monkeypatch.setattr(module, "get_task", lambda name, **options: Part() if name == "part" else whole)
+    config = {**tiny, "rows": 10, "method": "zero_shot", "tests": "part files", "metrics": "bleu exact_match"}
+    result, lines, _ = run(tmp_path, config)
+    assert list(result["scores"]) == ["part", "files"] and list(result["scores"]["part"]) == ["bleu", "exact_match"]
+    assert result["test_rows"] == {"part": 2, "files": 6} and result["inference_rows"] == 6
+    assert [line["test"] for line in lines] == ["part"] * 2 + ["files"] * 6
+    assert [line["text"] for line in lines[:2]] == [line["text"] for line in lines[2:4]]
+
+
+def test_the_instruction_can_be_other_words(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    config = {**tiny, "rows": 10, "method": "zero_shot"}
+    own, other = (run(tmp_path, {**config, "instruction": text})[0] for text in ("", "Say it."))
+    assert own["dev_nats_per_token"] != other["dev_nats_per_token"]
+
+
+def test_a_process_loads_a_base_once(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    _base.cache_clear()
+    for method in ("zero_shot", "few_shot"):
+        run(tmp_path, {**tiny, "rows": 10, "method": method, "test_limit": 1})
+    assert (_base.cache_info().misses, _base.cache_info().hits) == (1, 1)
+    assert _base(tiny["base"], "float32").model.config.vocab_size == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": ""}, "no method; expected the name of a method; add method = "),
+        ({"method": "magic"}, "method 'magic'; expected one of full, "),
+        ({"task": "magic"}, "task 'magic'"),
+        ({"task": "rte"}, r"task = 'rte' \(classification\); expected a task whose answers are written"),
+        ({"tests": "e2e magic"}, "task 'magic'"),
+        ({"task_words": 3}, "option 'words' of task 'e2e'"),
+        ({"rows": -1}, "rows = -1; expected a whole number of at least 0; correct rows"),
+        ({"rows": True}, "rows = True"),
+        ({"rows": 1.5}, r"rows = 1\.5"),
+        ({"beams": 0}, "beams = 0; expected a whole number of at least 1"),
+        ({"fraction": 2}, "fraction = 2"),
+        ({"fraction": 0.5, "rows": 5}, r"fraction = 0\.5; expected above 0 and at most 1, without rows"),
+        ({"base": 3}, "base = 3; expected a text"),
+        ({"metrics": "bleu magic"}, "metric 'magic'"),
+        ({"tuning": 5}, "tuning = 5; expected at most 4 candidates"),
+        ({"lenght": 5}, "option 'lenght' of method 'prefix'; expected 'length'"),
+        ({"length": 0}, "length = 0 for method 'prefix'"),
+    ],
+)
+def test_what_cannot_be_performed_is_told_before(given: dict[str, Any], message: str) -> None:
+    check({"method": "prefix", "task": "e2e"})
+    with pytest.raises(ConfigError, match=message):
+        check({"method": "prefix", "task": "e2e", **given})
+
+
+def test_the_data_decide_their_hash(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    def hashed(**given: Any) -> str:
+        return data_of({**tiny, "method": "prefix", "rows": 10, **given})
+
+    whole = hashed()
+    assert hashed(seed=5, sample=2, method="lora") == whole  # these are in the configuration
+    assert hashed(test_limit=5) != whole and hashed(rows=0) != whole
+    changed = tmp_path / "train.jsonl"
+    changed.write_text(Path(tiny["task_train"]).read_text().replace("3", "4", 1))
+    assert hashed(task_train=str(changed)) != whole
+    with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
+        hashed(task_test="nothing.jsonl")
+
+
+@pytest.mark.parametrize("name", sorted(set(list_studies("no such folder"))))
+def test_built_in_studies_can_be_performed(name: str) -> None:
+    study = load_study(name, own="no such folder")
+    assert study.description and len(study.runs) > 1
+    for run_ in study.runs:
+        check(run_.config)
+
+
+def test_low_data_small_is_what_the_issue_asks_for() -> None:
+    runs = load_study("low-data-small", own="no such folder").runs
+    assert len(runs) == 28 and {run_.config["method"] for run_ in runs} == {
+        "full", "top2", "adapter", "lora", "prompt_tuning", "prefix", "apt",
+    }  # fmt: skip
+    assert {run_.config["rows"] for run_ in runs} == {50, 100} and {run_.config["sample"] for run_ in runs} == {0, 1}
+    assert {
+        (run_.config["task"], run_.config["base"], run_.config["seed"], run_.config["test_limit"]) for run_ in runs
+    } == {("e2e", "smollm2-135m", 0, 200)}
+
+
+def test_the_full_protocol_has_the_papers_cells() -> None:
+    runs = load_study("low-data", own="no such folder").runs
+    cells = {(run_.config["rows"], run_.config["sample"], run_.config["seed"]) for run_ in runs}
+    assert cells == {(rows, sample, seed) for rows in (50, 100, 200, 500) for sample in range(5) for seed in (0, 1)}
+    assert {run_.config["tuning"] for run_ in runs} == {4}
+    words = {run_.config["instruction"] for run_ in load_study("initialisation").runs if "instruction" in run_.config}
+    assert words == {"active", "elephant", "summarize", "table-to-text:", "banana", "beautiful", "divide", "keep"}
+
+
+def test_every_method_can_be_named(tiny: dict[str, Any]) -> None:
+    for method in METHODS:
+        check({**tiny, "method": method})
+        check({**tiny, "method": method, "tuning": 4})
+
+
+def test_real_rows_have_an_address(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREWORD_DATA", str(data_folder))
+    jobs = jobs_of(load_study("low-data-small"), tmp_path)
+    assert len({job.key for job in jobs}) == 28 and len({job.data for job in jobs}) == 1

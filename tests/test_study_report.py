@@ -1,0 +1,178 @@
+"""The report of a study: cells, differences on the same rows, verdicts, and a page that a browser can read."""
+
+from __future__ import annotations
+
+import json
+import random
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foreword.errors import RunError
+from foreword.experiments.expectations import expectations
+from foreword.experiments.plan import Study
+from foreword.experiments.records import Job
+from foreword.experiments.report import holm, save_report
+from foreword.experiments.results import difference, gather
+
+ROWS = [f"the river {k} is long and blue" for k in range(40)]
+
+
+def finished(
+    folder: Path, label: str, quality: float, *, rows: int = 50, sample: int = 0, tests: tuple[str, ...] = ("test",),
+    **config: Any,
+) -> Job:  # fmt: skip
+    """A run whose texts are right for so large a share of the rows."""
+    chance = random.Random(f"{label}{rows}{sample}")
+    name = f"{label},rows={rows},sample={sample}"
+    job_folder = folder / name
+    job_folder.mkdir(parents=True)
+    texts = [
+        {"test": test, "id": f"r{k}", "prompt": f"p{k}\n", "references": [row],
+         "text": row if chance.random() < quality else "no idea"}
+        for test in tests for k, row in enumerate(ROWS)
+    ]  # fmt: skip
+    (job_folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    value = 100 * sum(row["text"] == row["references"][0] for row in texts) / len(texts)
+    score = {"value": value, "low": value - 5, "high": value + 5}
+    result = {
+        "scores": {test: {"exact_match": score} for test in tests}, "nats_per_token": dict.fromkeys(tests, 1.0),
+        "parameters": {"prefix": 4000, "full": 100_000}.get(label, 800), "num_bytes": 16_000, "train_seconds": 10.0,
+        "inference_seconds": 2.0, "inference_rows": 40, "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    (job_folder / "result.json").write_text(json.dumps(result))
+    record = {"versions": {"torch": "2"}, "machine": "m", "code": "c", "git": {"commit": "0" * 40, "dirty": False}}
+    (job_folder / "run.json").write_text(json.dumps({**record, "status": "done"}))
+    values = {"method": label, "task": "e2e", "rows": rows, "sample": sample, "seed": 0, **config}
+    return Job(name, values, "m:f", "c", "d", str(job_folder), f"foreword study run s --only {name}")
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[Job]:
+    return [
+        finished(tmp_path, label, quality + (rows - 50) / 500, rows=rows, sample=sample)
+        for label, quality in (("full", 0.3), ("prefix", 0.8), ("lora", 0.79))
+        for rows in (50, 100) for sample in (0, 1)
+    ]  # fmt: skip
+
+
+def test_cells_hold_repetitions_and_say_what_is_missing(jobs: list[Job], tmp_path: Path) -> None:
+    absent = Job("apt,rows=50,sample=0", {**jobs[0].config, "method": "apt"}, "m:f", "c", "d", str(tmp_path / "none"))
+    results = gather([*jobs, absent])
+    assert [(cell.label, cell.place, len(cell.results)) for cell in results.cells] == [
+        (label, float(rows), 2) for label in ("full", "prefix", "lora") for rows in (50, 100)
+    ]
+    assert results.missing == (absent,) and results.place == "rows" and results.panels == [""]
+    cell = results.cells[0]
+    values = [each["scores"]["test"]["exact_match"]["value"] for each in cell.results.values()]
+    found = cell.score("test", "exact_match")
+    assert (found.mean, found.low, found.high) == (sum(values) / 2, min(values), max(values))
+
+
+def test_a_difference_is_that_of_the_pooled_texts_and_beyond_noise_only_where_it_is(jobs: list[Job]) -> None:
+    results = gather(jobs)
+    full, prefix, lora = (next(c for c in results.of("", label, 50.0)) for label in ("full", "prefix", "lora"))
+    found = difference(full, prefix, "test", "exact_match")
+    assert found is not None and found.runs == 2
+    mean = prefix.score("test", "exact_match").mean - full.score("test", "exact_match").mean
+    assert found.found.difference == pytest.approx(mean)
+    assert found.beyond_noise and found.found.p_value < 0.01
+    close = difference(lora, prefix, "test", "exact_match")
+    assert close is not None and not close.beyond_noise and close.found.p_value > 0.05
+
+
+def test_rows_count_once_however_often_they_were_written_for(tmp_path: Path) -> None:
+    once = gather([finished(tmp_path / "a", label, q) for label, q in (("full", 0.5), ("prefix", 0.7))])
+    same = []
+    for sample in (0, 1, 2, 3):  # the same texts four times
+        for job in (finished(tmp_path / f"b{sample}", label, q) for label, q in (("full", 0.5), ("prefix", 0.7))):
+            config = {**job.config, "sample": sample}
+            same.append(Job(job.name.replace("sample=0", f"sample={sample}"), config, "m:f", "c", "d", job.folder))
+    often = gather(same)
+    first = difference(*once.cells, "test", "exact_match")
+    second = difference(*often.cells, "test", "exact_match")
+    assert first is not None and second is not None and second.runs == 4
+    assert second.found == pytest.approx(first.found), "four copies are no more evidence than one"
+
+
+def test_verdicts_follow_the_runs(jobs: list[Job], tmp_path: Path) -> None:
+    (agrees,) = expectations(gather(jobs))
+    assert agrees.verdict == "agrees" and "prefix at 50 against full: exact_match +" in agrees.measured[0]
+    turned = [finished(tmp_path / "t", label, quality) for label, quality in (("full", 0.9), ("prefix", 0.2))]
+    (disagrees,) = [
+        each for each in expectations(gather([*turned, *two_places(tmp_path)])) if "few rows" in each.statement
+    ]
+    assert disagrees.verdict.startswith("disagrees")
+    even = [finished(tmp_path / "e", label, 0.5, rows=rows) for label in ("full", "prefix") for rows in (50, 60)]
+    for job in even:  # the same texts on both sides
+        texts = Path(even[0].folder, "texts.jsonl").read_text()
+        Path(job.folder, "texts.jsonl").write_text(texts)
+    (noise,) = expectations(gather(even))
+    assert noise.verdict == "within noise"
+
+
+def two_places(tmp_path: Path) -> list[Job]:
+    return [finished(tmp_path / "t2", label, q, rows=100) for label, q in (("full", 0.9), ("prefix", 0.2))]
+
+
+class Balance(HTMLParser):
+    """Which elements are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta", "br", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_and_its_markdown_say_the_same(jobs: list[Job], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(jobs[0].folder, "texts.jsonl").read_text().splitlines()]
+    rows[0]["text"] = "<script>alert(1)</script> | a bar\nand a line"
+    Path(jobs[0].folder, "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = Study("s", tmp_path, "A study of two.", "m:f", {"tuning": 4}, ())
+    page, text = save_report(study, gather(jobs), tmp_path / "report")
+    html, markdown = page.read_text(), text.read_text()
+    parser = Balance()
+    parser.feed(html)
+    assert parser.open == []
+    assert "<script>alert" not in html and "http://" not in html and "src=" not in html
+    assert html.count("<svg") == 3, "scores over rows, and over parameters and seconds"
+    wanted = (
+        "12 of 12 runs are done", "tuned over 4 candidates", "p (Holm)", "Published figures, e2e", "69.7 (70.3)",
+        "agrees", "foreword study run s --only full,rows=50,sample=0",
+    )  # fmt: skip
+    for told in wanted:
+        assert told in "".join(parser.texts) and told in markdown, told
+    for block in markdown.split("\n\n"):
+        if block.startswith("|"):
+            widths = {len(line.replace("\\|", "").split("|")) for line in block.splitlines()}
+            assert len(widths) == 1, "rows are as wide as their header"
+
+
+def test_what_cannot_be_compared_is_an_error(jobs: list[Job]) -> None:
+    results = gather(jobs)
+    first, second = results.of("", "full", 50.0)[0], results.of("", "prefix", 50.0)[0]
+    path = Path(jobs[0].folder, "texts.jsonl")
+    path.write_text(path.read_text().replace('"r3"', '"r99"'))
+    with pytest.raises(RunError, match="tested on other rows"):
+        difference(first, second, "test", "exact_match")
+    path.write_text("{")
+    with pytest.raises(RunError, match="texts of a run"):
+        difference(first, second, "test", "exact_match")
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
