@@ -44,10 +44,15 @@ def values(jobs: list[Job]) -> list[Any]:
 def start(*words: object) -> subprocess.Popen[str]:
     """The command line as a process of its own."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "src")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "foreword", "study", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    # A shell that runs the tests in the background lets them ignore Ctrl-C, which children would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "foreword", "study", *map(str, words)],
+            env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
