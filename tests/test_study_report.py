@@ -40,7 +40,7 @@ def finished(
     result = {
         "scores": {test: {"exact_match": score} for test in tests}, "nats_per_token": dict.fromkeys(tests, 1.0),
         "parameters": {"prefix": 4000, "full": 100_000}.get(label, 800), "num_bytes": 16_000, "train_seconds": 10.0,
-        "inference_seconds": 2.0, "inference_rows": 40, "device": "cpu", "dtype": "float32",
+        "inference_seconds": 2.0, "inference_rows": 40, "candidates": [{}] * 4, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
     (job_folder / "result.json").write_text(json.dumps(result))
     record = {"versions": {"torch": "2"}, "machine": "m", "code": "c", "git": {"commit": "0" * 40, "dirty": False}}
@@ -140,7 +140,7 @@ def test_the_page_and_its_markdown_say_the_same(jobs: list[Job], tmp_path: Path)
     rows = [json.loads(line) for line in Path(jobs[0].folder, "texts.jsonl").read_text().splitlines()]
     rows[0]["text"] = "<script>alert(1)</script> | a bar\nand a line"
     Path(jobs[0].folder, "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    study = Study("s", tmp_path, "A study of two.", "m:f", {"tuning": 4}, ())
+    study = Study("s", tmp_path, "A study of two.", "m:f", {}, ())
     page, text = save_report(study, gather(jobs), tmp_path / "report")
     html, markdown = page.read_text(), text.read_text()
     parser = Balance()
@@ -149,8 +149,8 @@ def test_the_page_and_its_markdown_say_the_same(jobs: list[Job], tmp_path: Path)
     assert "<script>alert" not in html and "http://" not in html and "src=" not in html
     assert html.count("<svg") == 3, "scores over rows, and over parameters and seconds"
     wanted = (
-        "12 of 12 runs are done", "tuned over 4 candidates", "p (Holm)", "Published figures, e2e", "69.7 (70.3)",
-        "agrees", "foreword study run s --only full,rows=50,sample=0",
+        "12 of 12 runs are done", "Methods were tuned over 4 candidates", "p (Holm)", "Published figures, e2e",
+        "69.7 (70.3)", "agrees", "foreword study run s --only full,rows=50,sample=0",
     )  # fmt: skip
     for told in wanted:
         assert told in "".join(parser.texts) and told in markdown, told

@@ -16,6 +16,7 @@ from foreword.experiments.expectations import expectations
 from foreword.experiments.plan import Study
 from foreword.experiments.published import published_for
 from foreword.experiments.results import Cell, Difference, Results, Spread, difference, recorded
+from foreword.methods import METHODS
 from foreword.metrics import get_metric
 from foreword.pages import Cell as TableCell
 from foreword.pages import bullets, escaped, folded, heading, listing, paragraph, save_page
@@ -25,7 +26,6 @@ __all__ = ["save_report"]
 
 _REFERENCE = "prefix"  # what the others are compared with, where it is there
 _EXAMPLES = 6
-_NAMES = {"full": "full fine-tuning", "top2": "top two layers", "lora": "LoRA", "apt": "APT", "prompt": "prompt tuning"}
 
 
 class Heading(NamedTuple):
@@ -78,7 +78,7 @@ def save_report(study: Study, results: Results, folder: str | Path) -> tuple[Pat
 def _parts(study: Study, results: Results) -> Iterator[Part]:
     done = len(results.jobs) - len(results.missing)
     yield Text(study.description)
-    yield Lines(_summary(study, results, done))
+    yield Lines(_summary(results, done))
     for panel in results.panels:
         yield from _panel(results, panel)
     yield from _expected(results)
@@ -87,7 +87,7 @@ def _parts(study: Study, results: Results) -> Iterator[Part]:
     yield from _made(results)
 
 
-def _summary(study: Study, results: Results, done: int) -> list[str]:
+def _summary(results: Results, done: int) -> list[str]:
     """What was done, and the best of each test."""
     lines = [f"{done} of {len(results.jobs)} runs are done."]
     for panel in results.panels:
@@ -99,13 +99,11 @@ def _summary(study: Study, results: Results, done: int) -> list[str]:
                 told = ", ".join(f"{_name(each)} {_main(each, test, metric)}" for each in ranked[:3])
                 where = "; ".join(filter(None, (panel, "" if test == "test" else test, _at(results, place))))
                 lines.append(f"{where or test}: best {metric} {told}.")
-    tuned = study.defaults.get("tuning", 0)
-    lines.append(
-        f"Every method was tuned over {tuned} candidates by its loss on dev rows."
-        if tuned
-        else "No method was tuned: each has its default options."
-    )
-    return lines
+    counts = sorted({len(each["candidates"]) for cell in results.cells for each in cell.results.values()})
+    if counts == [1]:
+        return [*lines, "No method was tuned: each has the options of its file."]
+    told = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return [*lines, f"Methods were tuned over {told} candidates, by the loss on dev rows."]
 
 
 def _panel(results: Results, panel: str) -> Iterator[Part]:
@@ -133,7 +131,7 @@ def _over_places(results: Results, panel: str, test: str, metric: str) -> Figure
                 said = f"{_name(cell)}, {_at(results, cell.place)}: {metric} {found}"
                 points.append(Point(cell.place, found.mean, found.low, found.high, said))
         if points:
-            series.append(Series(_NAMES.get(label, label), points))
+            series.append(Series(_titled(label), points))
     title = f"{metric} over {results.place}"
     log = min(point.x for each in series for point in each.points) > 0
     return Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log), title)
@@ -166,7 +164,7 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     digits = get_metric(metric).digits
     corrected = holm([each.found.p_value for each in found])
     yield Text(
-        f"{metric} against {_NAMES.get(reference, reference)} on the same rows, samples and seeds: the paired "
+        f"{metric} against {_titled(reference)} on the same rows, samples and seeds: the paired "
         "bootstrap interval over rows (95 %), and p by approximate randomization, corrected by Holm for the "
         f"{len(found)} differences of this table. Neither knows how samples of training rows differ."
     )
@@ -252,7 +250,7 @@ def _published(results: Results) -> Iterator[Part]:
         rows = []
         for each in found:
             told = [_revised(each.scores.get(name), each.revised.get(name)) for name in metrics]
-            rows.append([_NAMES.get(each.method, each.method), each.test, *told])
+            rows.append([_titled(each.method), each.test, *told])
         yield Table(["method", "test", *metrics], rows)
 
 
@@ -372,7 +370,12 @@ def _main(cell: Cell, test: str, metric: str) -> str:
 
 
 def _name(cell: Cell) -> str:
-    return _NAMES.get(cell.label, cell.label)
+    return _titled(cell.label)
+
+
+def _titled(label: str) -> str:
+    """The name of a method in tables, where a study's file is called by one."""
+    return METHODS[label].title if label in METHODS else label
 
 
 def _at(results: Results, place: float | None) -> str:

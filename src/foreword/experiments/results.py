@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from foreword.errors import RunError
+from foreword.experiments.perform import TEXTS
 from foreword.experiments.plan import Value
 from foreword.experiments.records import Job, read_record, read_result
 from foreword.metrics import get_metric, number_format
@@ -18,7 +19,6 @@ from foreword.metrics.bootstrap import PairedDifference, paired_difference
 
 __all__ = ["Cell", "Difference", "Results", "Spread", "gather"]
 
-TEXTS = "texts.jsonl"
 _REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
 _PLACES = ("rows", "fraction", "length", "share", "rank")  # what a study is drawn over, the first that differs
 _SAMPLES = 2000
