@@ -115,7 +115,7 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
             yield _over_places(results, panel, test, metrics[0])
         for place in results.places(panel):
             cells = [cell for cell in results.of(panel, place=place) if _has(cell, test)]
-            yield Text(f"{_at(results, place) or 'All rows'}. Mean and range over {_repeated(cells)}.")
+            yield Text(f"{_at(results, place) or 'All rows'}. {_repeated(cells)}.")
             yield _scores(cells, test, metrics)
         yield from _differences(results, panel, test, metrics[0])
     yield from _costs(results, panel)
@@ -384,7 +384,9 @@ def _at(results: Results, place: float | None) -> str:
 
 def _repeated(cells: Sequence[Cell]) -> str:
     counts = sorted({len(cell.results) for cell in cells})
-    return f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} runs (samples and seeds)"
+    if counts[-1] == 1:
+        return "One run each, with its 95 % bootstrap interval over test rows"
+    return f"Mean and range over {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} runs (samples and seeds)"
 
 
 def _has(cell: Cell, test: str) -> bool:
