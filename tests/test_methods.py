@@ -17,7 +17,7 @@ from foreword.base import BaseModel
 from foreword.config import TrainConfig
 from foreword.data import encode_split
 from foreword.errors import ConfigError, DataError, RunError, UnsupportedModel
-from foreword.methods import METHODS, SEARCH_SIZE, TEMPLATES, Fitted, MethodConfig, fit, search_space
+from foreword.methods import METHODS, SEARCH_SIZE, TEMPLATES, Fitted, MethodConfig, fit, fit_each, search_space
 from foreword.methods.adapters import AdapterTuning, bottleneck_size
 from foreword.methods.fitted import FittedPrefix, FittedTuning
 from foreword.methods.loop import measure, train_weights
@@ -104,6 +104,27 @@ def test_every_method_fits_writes_scores_and_leaves_no_trace(method: str) -> Non
     assert_as_before(base, before)
     del base.model.__dict__["_foreword_fingerprint"]
     assert base.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("method", ["prefix", "apt", "ptuning2", "lora"])
+def test_candidates_come_to_what_they_come_to_alone(method: str) -> None:
+    """Prefixes that train together too, and whatever becomes of the others."""
+    base = tiny_base("llama")
+    lost = config_of(method, learning_rate=3e37)
+    candidates = [config_of(method), lost, config_of(method, learning_rate=1e-3, max_steps=4)]
+    stages: set[str] = set()
+    found = list(fit_each(base, TRAIN, DEV, candidates, progress=lambda stage, *_: stages.add(stage.split(":")[0])))
+    assert isinstance(found[1], RunError)
+    with pytest.raises(RunError):
+        fit(base, TRAIN, DEV, lost)
+    for place in (0, 2):
+        each, alone = found[place], fit(base, TRAIN, DEV, candidates[place])
+        assert isinstance(each, Fitted) and each.config == candidates[place]
+        assert each.metrics["dev_loss"] == pytest.approx(alone.metrics["dev_loss"], rel=1e-4)
+        assert each.metrics["steps"] == alone.metrics["steps"]
+        assert each.metrics["train_seconds"] > 0
+    together = any("together" in stage for stage in stages)
+    assert together == (method != "lora") and together != ("candidate 3 of 3" in stages)
 
 
 def begun(base: BaseModel, method: str, **values: Any) -> float:

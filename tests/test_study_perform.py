@@ -75,7 +75,7 @@ def test_tuning_tries_as_many_candidates_and_keeps_the_best(tmp_path: Path, tiny
     best = min(tried, key=lambda each: each["dev_nats_per_token"])
     assert len({each["dev_nats_per_token"] for each in tried}) == 3
     assert (result["chosen"], result["dev_nats_per_token"]) == (best["config"], best["dev_nats_per_token"])
-    assert result["tuning_seconds"] == pytest.approx(sum(each["seconds"] for each in tried))
+    assert result["tuning_seconds"] > sum(each["seconds"] for each in tried) > 0
     assert any(stage.startswith("candidate 3 of 3: ") for stage in stages)
 
 
@@ -86,12 +86,14 @@ def test_a_candidate_that_diverges_has_lost(
     grid = search_space("lora", epochs=1, rank=2, seed=0)[:3]
     lost = {grid[0].learning_rate, grid[2].learning_rate}
 
-    def diverging(base: BaseModel, train: Any, dev: Any, candidate: MethodConfig, **options: Any) -> Any:
-        if candidate.learning_rate in lost:
-            raise RunError("loss is nan", "finite numbers", "lower learning_rate")
-        return fit(base, train, dev, candidate, **options)
+    def diverging(base: BaseModel, train: Any, dev: Any, candidates: list[MethodConfig], **options: Any) -> Any:
+        for candidate in candidates:
+            if candidate.learning_rate in lost:
+                yield RunError("loss is nan", "finite numbers", "lower learning_rate")
+            else:
+                yield fit(base, train, dev, candidate, **options)
 
-    monkeypatch.setattr("foreword.methods.fit", diverging)
+    monkeypatch.setattr("foreword.methods.fit_each", diverging)
     result, _, _ = run(tmp_path, config)
     assert [("error" in each) for each in result["candidates"]] == [True, False, True]
     assert result["chosen"] == grid[1].to_dict()

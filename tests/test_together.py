@@ -21,13 +21,13 @@ from tests.toy import ToyTask, toy_config
 from foreword.bank import Shared, Stacked
 from foreword.base import BaseModel
 from foreword.config import TrainConfig
-from foreword.errors import ConfigError, PrefixMismatch, RunError
+from foreword.errors import ConfigError, PrefixMismatch
 from foreword.gates import GateInput
 from foreword.objectives import Part, objective_of
 from foreword.prefix import Gate, Prefix, Site, SiteTensors
 from foreword.runs import RunFolder
 from foreword.tasks import Split, Task
-from foreword.together import train_together
+from foreword.together import SomeFailed, train_together
 from foreword.train import TrainResult, train
 
 # Runs that differ in all that is a prefix's own; 0 stands for the defaults of the toy.
@@ -340,8 +340,12 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
         toy_config(seed=2),
     ]
     out = [tmp_path / f"run{place}" for place in range(3)]
-    with pytest.raises(RunError, match=r"run 2: .*loss is (nan|inf).*expected finite numbers; lower learning_rate"):
+    message = r"run 2: .*loss is (nan|inf).*expected finite numbers; lower learning_rate"
+    with pytest.raises(SomeFailed, match=message) as caught:
         train_together(base, None, ToyTask(), configs, out=out)
+    results = caught.value.results
+    assert [isinstance(each, TrainResult) for each in results] == [True, False, True]
+    assert results[2].prefix.sha256() == Prefix.load(out[2] / "prefix", base).sha256()
     assert [(folder / "summary.json").exists() for folder in out] == [True, False, True]
     rest = train_together(base, None, ToyTask(), configs[::2], out=out[::2])
     for result, config in zip(rest, configs[::2], strict=True):

@@ -29,7 +29,7 @@ from foreword.tasks import Task, drawn, get_task
 from foreword.train import interruptible, prepared
 from foreword.trainer import Progress, Trainer, TrainResult, begin_run
 
-__all__ = ["train_together"]
+__all__ = ["SomeFailed", "train_together"]
 
 Starts = Prefix | Sequence[Prefix | None] | None
 Tasks = Task | str | Sequence[Task | str]
@@ -39,6 +39,15 @@ _OVERHEAD = {"cpu": 50}
 _OVERHEAD_ELSEWHERE = 16384
 # With so many tokens the products of a CPU are full: more would only fill the memory.
 _MOST_TOKENS = {"cpu": 1024}
+
+
+class SomeFailed(RunError):
+    """Of several runs some failed; `results` has what each came to in their order, a `RunError` where one failed."""
+
+    def __init__(self, results: list[TrainResult | RunError]) -> None:
+        self.results = results
+        place, first = next((n, each) for n, each in enumerate(results, 1) if isinstance(each, RunError))
+        super().__init__(f"run {place}: {first.got}", first.expected, first.action)
 
 
 def train_together(
@@ -60,8 +69,8 @@ def train_together(
     returned as they are; a run that goes on beside others than before differs by rounding. The seconds of a run are its
     share of those of all. `progress` gets (stage, done, total) steps of all runs.
 
-    A run whose loss is not finite stops alone; its `RunError` is raised when the others are finished, whose folders
-    keep them. Raises what `foreword.train.train` raises, and `ConfigError` for runs that cannot be trained together,
+    A run whose loss is not finite stops alone; `SomeFailed`, with the results of the others, is raised when they are
+    finished. Raises what `foreword.train.train` raises, and `ConfigError` for runs that cannot be trained together,
     several processes, sharding and trackers.
 
     >>> import foreword as fw
@@ -75,7 +84,7 @@ def train_together(
     folders = [None] * count if out is None else [Path(folder) for folder in out]
     processes = Processes(base.device)
     _check(configs, {"prefixes": len(starts), "tasks": len(given), "run folders": len(folders)}, processes)
-    results: dict[int, TrainResult] = {}
+    results: dict[int, TrainResult | RunError] = {}
     trainers: dict[int, Trainer] = {}
     with contextlib.ExitStack() as stack:
         for place, (start, task, config, folder) in enumerate(zip(starts, given, configs, folders, strict=True)):
@@ -94,7 +103,11 @@ def train_together(
             _check_alike(trainers)
             with prepared(base, configs[0], processes):
                 results |= _Lockstep(base, trainers, progress).run()
-    return [results[place] for place in range(count)]
+    found = [results[place] for place in range(count)]
+    whole = [each for each in found if isinstance(each, TrainResult)]
+    if len(whole) < count:
+        raise SomeFailed(found)
+    return whole
 
 
 def _named(progress: Progress, name: str) -> Progress:
@@ -141,14 +154,13 @@ class _Lockstep:
 
     def __init__(self, base: BaseModel, trainers: dict[int, Trainer], progress: Progress | None) -> None:
         self.base, self.active, self.progress = base, dict(trainers), progress
-        self.results: dict[int, TrainResult] = {}
-        self.failed: dict[int, RunError] = {}
+        self.results: dict[int, TrainResult | RunError] = {}
         self.runs = list(trainers.values())
         for trainer in self.runs:
             trainer.progress = None  # all runs are told of as one
 
-    def run(self) -> dict[int, TrainResult]:
-        """The results of all runs; the first `RunError` of one that failed."""
+    def run(self) -> dict[int, TrainResult | RunError]:
+        """The results of all runs; the error in the place of one that failed."""
         with interruptible() as interrupted:
             while True:
                 self._measure(interrupted)
@@ -160,8 +172,6 @@ class _Lockstep:
                     self._interrupt()
                 for trainer in self.active.values():
                     trainer.save_now_and_then()
-        for place, error in self.failed.items():
-            raise RunError(f"run {place + 1}: {error.got}", error.expected, error.action) from error
         return self.results
 
     def _step(self) -> None:
@@ -235,7 +245,7 @@ class _Lockstep:
         try:
             yield
         except RunError as error:
-            self.failed[place] = error
+            self.results[place] = error
             del self.active[place]
 
     def _finish(self) -> None:

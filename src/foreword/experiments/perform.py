@@ -25,13 +25,13 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreword.errors import ConfigError, RunError
 from foreword.storage import write_atomic
-from foreword.tasks import Split, Task, drawn, get_task
+from foreword.tasks import Task, drawn, get_task
 
 if TYPE_CHECKING:
     from foreword.base import BaseModel
@@ -88,8 +88,9 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     """Make one run; scores by test and metric with 95 % intervals, sizes and times. The texts go into `folder`.
 
     `train_seconds` are those of the fit that was chosen, `tuning_seconds` those of all candidates. Raises what
-    `foreword.methods.fit` and the metrics raise.
+    `foreword.methods.fit_each` and the metrics raise.
     """
+    from foreword.methods import fit_each
     from foreword.runs import peak_memory_bytes
 
     protocol = _protocol(config)
@@ -100,7 +101,12 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     source = drawn(task, options)
     train = source.split("train")
     dev = source.split("dev", limit=protocol["dev_limit"] or None)
-    fitted, tried = _best(base, train, dev, config, protocol["instruction"] or task.instruction, progress)
+    candidates = _candidates(config)
+    instruction = protocol["instruction"] or task.instruction
+    start = time.perf_counter()
+    fits = fit_each(base, train, dev, candidates, instruction=instruction, progress=progress)
+    fitted, tried = _choose(candidates, fits)
+    tuning_seconds = time.perf_counter() - start
     tests = {name: each for name, each in tasks.items() if name}
     written = _write(fitted, tests, protocol, folder, progress)
     return {
@@ -109,7 +115,7 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
         "parameters": fitted.parameters,
         "num_bytes": fitted.num_bytes,
         "train_seconds": fitted.metrics["train_seconds"],
-        "tuning_seconds": sum(each["seconds"] for each in tried),
+        "tuning_seconds": tuning_seconds,
         "chosen": fitted.config.to_dict(),
         "candidates": tried,
         "fit": fitted.metrics,
@@ -122,36 +128,34 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     }
 
 
-def _best(
-    base: BaseModel, train: Split, dev: Split, config: Mapping[str, Any], instruction: str, progress: Progress
+def _choose(
+    candidates: Sequence[MethodConfig], found: Iterable[Fitted | RunError]
 ) -> tuple[Fitted, list[dict[str, Any]]]:
-    """The fit with the lowest dev loss, the first of equals; and what each candidate came to.
+    """The fit with the lowest dev loss, the first of equals, the only one kept; and what each candidate came to.
 
-    A candidate whose loss is not finite has lost. Raises `RunError` if that is so for all.
+    Raises `RunError` if the loss of none was finite.
     """
-    from foreword.methods import fit
-
     best: Fitted | None = None
     tried = []
-    candidates = _candidates(config)
-    for number, candidate in enumerate(candidates, start=1):
-        which = f"candidate {number} of {len(candidates)}: " if len(candidates) > 1 else ""
-        start = time.perf_counter()
-        try:
-            fitted = fit(base, train, dev, candidate, instruction=instruction, progress=_named(progress, which))
-        except RunError as error:
-            if best is None and number == len(candidates):
-                raise
-            seconds = time.perf_counter() - start
-            tried.append({"config": candidate.to_dict(), "error": str(error), "seconds": seconds})
-            continue
-        seconds = time.perf_counter() - start
-        loss = fitted.metrics["dev_loss"]
-        tried.append({"config": candidate.to_dict(), "dev_nats_per_token": loss, "seconds": seconds})
-        if best is None or loss < best.metrics["dev_loss"]:
-            best = fitted
-    assert best is not None, "a method has at least one candidate"
+    for candidate, each in zip(candidates, found, strict=True):
+        tried.append(_told(candidate, each))
+        if isinstance(each, RunError):
+            error = each
+        elif best is None or each.metrics["dev_loss"] < best.metrics["dev_loss"]:
+            best = each
+    if best is None:
+        raise error
     return best, tried
+
+
+def _told(candidate: MethodConfig, found: Fitted | RunError) -> dict[str, Any]:
+    """What a candidate came to."""
+    if isinstance(found, RunError):
+        return {"config": candidate.to_dict(), "error": str(found)}
+    metrics = found.metrics
+    return {
+        "config": candidate.to_dict(), "dev_nats_per_token": metrics["dev_loss"], "seconds": metrics["train_seconds"],
+    }  # fmt: skip
 
 
 def _write(
@@ -252,7 +256,3 @@ def _tasks(config: Mapping[str, Any]) -> dict[str, Task]:
 @functools.lru_cache(maxsize=256)
 def _split_hash(task: str, options: str, split: str, limit: int) -> str:
     return get_task(task, **json.loads(options)).split(split, limit=limit or None).sha256
-
-
-def _named(progress: Progress, which: str) -> Progress:
-    return lambda stage, done, total: progress(which + stage, done, total)

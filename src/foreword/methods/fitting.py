@@ -1,14 +1,16 @@
-"""How each method is fitted; `fit` is the one way in."""
+"""How each method is fitted: once with `fit`, with several configurations to choose from with `fit_each`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from foreword.base import BaseModel
+from foreword.config import TrainConfig
 from foreword.data import Rows, encode_split
-from foreword.errors import ConfigError, UnsupportedModel
+from foreword.errors import ConfigError, RunError, UnsupportedModel
 from foreword.methods.adapters import AdapterTuning
 from foreword.methods.config import MethodConfig
 from foreword.methods.fitted import Fitted, FittedPrefix, FittedPrompting, FittedTuning
@@ -20,9 +22,11 @@ from foreword.methods.tuning import Tuning
 from foreword.methods.virtual import Vectors, VirtualTokens, start_vectors
 from foreword.methods.weights import WeightTuning, all_weights, top_weights
 from foreword.tasks import Example, Split
+from foreword.together import SomeFailed, train_together
+from foreword.train import TrainResult
 from foreword.train import train as train_prefix
 
-__all__ = ["fit"]
+__all__ = ["fit", "fit_each"]
 
 
 @dataclass(frozen=True)
@@ -61,23 +65,66 @@ def fit(
     >>> fitted = fit(base, train, dev, MethodConfig.of("lora", rank=4, epochs=5))  # doctest: +SKIP
     >>> fitted.generate(["name : Aromi | eatType : pub\\n"], max_new_tokens=40)  # doctest: +SKIP
     """
+    [found] = fit_each(base, train, dev, [config], instruction=instruction, progress=progress)
+    if isinstance(found, RunError):
+        raise found
+    return found
+
+
+def fit_each(
+    base: BaseModel,
+    train: Split,
+    dev: Split,
+    configs: Sequence[MethodConfig],
+    *,
+    instruction: str = "",
+    progress: Progress | None = None,
+) -> Iterator[Fitted | RunError]:
+    """Candidates to choose from: what `fit` gives for each of `configs`, or the `RunError` of one whose loss diverged.
+
+    Prefixes train together, in one batch over the one base (`foreword.train_together`), with the results that they get
+    alone but rounding; the others are fitted one after the other. Raises what else `fit` raises.
+    """
+    _check(base, (train, dev))
+    count = len(configs)
+    several = count > 1
+    if several and all(config.method in _PREFIXES for config in configs):
+        yield from _fit_prefixes([_Given(base, train, dev, config, instruction, progress) for config in configs])
+        return
+    for number, config in enumerate(configs, start=1):
+        told = _named(progress, f"candidate {number} of {count}: ") if several and progress else progress
+        try:
+            found: Fitted | RunError = _fit_one(_Given(base, train, dev, config, instruction, told))
+        except RunError as error:
+            found = error
+        yield found
+
+
+def _check(base: BaseModel, splits: Sequence[Split]) -> None:
     if base.family.kind == "encoder":
         raise UnsupportedModel(
             f"{base.name!r} is an encoder and writes no completions", "a decoder or encoder-decoder",
             "choose another base model",
         )  # fmt: skip
-    for split in (train, dev):
+    for split in splits:
         if any(not isinstance(example, Example) for example in split.examples):
             raise ConfigError(f"labelled rows in {split.name}", "prompts with completions", "choose a generation task")
     base.fingerprint  # noqa: B018 - taken once, of the weights as they are before any method changes them
-    given = _Given(base, train, dev, config, instruction, progress)
-    if config.method in _PREFIXES:
+
+
+def _fit_one(given: _Given) -> Fitted:
+    method = given.config.method
+    if method in _PREFIXES:
         return _fit_prefix(given)
-    if config.method in ("zero_shot", "few_shot"):
+    if method in ("zero_shot", "few_shot"):
         return _fit_prompting(given)
-    if config.method == "autoprompt":
+    if method == "autoprompt":
         return _fit_triggers(given)
-    return _fit_tuning(given, _TUNINGS[config.method](given))
+    return _fit_tuning(given, _TUNINGS[method](given))
+
+
+def _named(progress: Progress, which: str) -> Progress:
+    return lambda stage, done, total: progress(which + stage, done, total)
 
 
 def _fit_tuning(given: _Given, tuning: Tuning) -> Fitted:
@@ -148,13 +195,43 @@ class _Rows:
 
 
 def _fit_prefix(given: _Given) -> Fitted:
-    options = given.config.training(**given.config.options, **_PREFIXES[given.config.method])
-    result = train_prefix(
-        given.base, None, _Rows(given.train, given.dev, given.instruction), options, progress=given.progress
-    )
-    told = ("steps", "planned_steps", "best_step", "tokens", "train_seconds", "trained_parameters", "train_rows",
-            "dev_rows", "skipped_rows")  # fmt: skip
-    metrics = {"dev_loss": result.metrics["best_dev_loss"], **{name: result.metrics[name] for name in told}}
+    start = time.perf_counter()
+    result = train_prefix(given.base, None, _task(given), _options(given), progress=given.progress)
+    return _fitted_prefix(given, result, time.perf_counter() - start)
+
+
+def _fit_prefixes(given: list[_Given]) -> list[Fitted | RunError]:
+    """Several prefixes at once; the seconds of each are its share, by the tokens it read."""
+    base, progress = given[0].base, given[0].progress
+    start = time.perf_counter()
+    results: Sequence[TrainResult | RunError]
+    try:
+        results = train_together(
+            base, None, [_task(each) for each in given], [_options(each) for each in given], progress=progress
+        )
+    except SomeFailed as error:
+        results = error.results
+    seconds = time.perf_counter() - start
+    tokens = [0 if isinstance(each, RunError) else each.metrics["tokens"] for each in results]
+    return [
+        each if isinstance(each, RunError) else _fitted_prefix(own, each, seconds * read / sum(tokens))
+        for own, each, read in zip(given, results, tokens, strict=True)
+    ]
+
+
+def _task(given: _Given) -> _Rows:
+    return _Rows(given.train, given.dev, given.instruction)
+
+
+def _options(given: _Given) -> TrainConfig:
+    return given.config.training(**given.config.options, **_PREFIXES[given.config.method])
+
+
+def _fitted_prefix(given: _Given, result: TrainResult, seconds: float) -> FittedPrefix:
+    told = ("steps", "planned_steps", "best_step", "tokens", "trained_parameters", "train_rows", "dev_rows",
+            "skipped_rows")  # fmt: skip
+    metrics = {name: result.metrics[name] for name in told}
+    metrics |= {"dev_loss": result.metrics["best_dev_loss"], "train_seconds": seconds}
     return FittedPrefix(given.base, given.config, metrics, result.prefix)
 
 
