@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -462,6 +463,22 @@ def test_virtual_tokens_equal_the_model_that_peft_wraps(method: str) -> None:
         ids = torch.tensor([tuning.view.extended(row) for row in IDS.tolist()])
         found = logits_of(view, ids)[:, 4:]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 45])
+def test_prompt_tuning_from_the_instruction_starts_as_peft_starts_from_a_text(tmp_path: Path, length: int) -> None:
+    """The instruction's tokens, cut to the length or repeated."""
+    import peft
+
+    base = tiny_base("llama")
+    base.tokenizer.save_pretrained(tmp_path)
+    settings = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=length, num_transformer_submodules=1, token_dim=32,
+        prompt_tuning_init="TEXT", prompt_tuning_init_text=ToyTask.instruction, tokenizer_name_or_path=str(tmp_path),
+    )  # fmt: skip
+    wanted = peft.PromptEmbedding(settings, word_vectors(base)).embedding.weight.detach()
+    fitted = fit_toy(base, "prompt_tuning", init="text", length=length, max_steps=1, learning_rate=1e-12)
+    torch.testing.assert_close(fitted.tensors()["vectors"], wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])

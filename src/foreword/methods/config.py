@@ -76,7 +76,7 @@ METHODS: dict[str, Method] = {
         },
     ),
     "prompt_tuning": Method(
-        "Prompt tuning", _SOFT, 3e-2, {"length": _LENGTH, "init": _Option("vocab", choices=("vocab", "random"))}
+        "Prompt tuning", _SOFT, 3e-2, {"length": _LENGTH, "init": _Option("vocab", choices=("text", "vocab", "random"))}
     ),
     "p_tuning": Method(
         "P-tuning", _MODULES, 1e-3,

@@ -165,7 +165,7 @@ _TUNINGS: dict[str, Callable[[_Given], Tuning]] = {
     "top2": lambda given: WeightTuning(given.base, top_weights(given.base, given.config.options["layers"])),
     "adapter": lambda given: AdapterTuning(given.base, given.config.options["share"], given.config.seed),
     "lora": lambda given: LoraTuning(given.base, given.config),
-    "prompt_tuning": lambda given: prompt_tuning(given.base, given.config),
+    "prompt_tuning": lambda given: prompt_tuning(given.base, given.config, given.instruction),
     "p_tuning": lambda given: p_tuning(given.base, given.config),
     "embedding": _virtual("front"),
     "infix": _virtual("back"),

@@ -18,7 +18,7 @@ from foreword.base import BaseModel
 from foreword.errors import UnsupportedModel
 from foreword.methods.config import MethodConfig
 from foreword.methods.tuning import Tuning
-from foreword.methods.virtual import VirtualTokens, word_vectors
+from foreword.methods.virtual import VirtualTokens, start_vectors, word_vectors
 from foreword.optional import optional
 
 __all__ = ["LoraTuning", "p_tuning", "prompt_tuning"]
@@ -70,13 +70,15 @@ class LoraTuning(Tuning):
         return self.values
 
 
-def prompt_tuning(base: BaseModel, config: MethodConfig) -> VirtualTokens:
+def prompt_tuning(base: BaseModel, config: MethodConfig, instruction: str) -> VirtualTokens:
     """PEFT's prompt tuning: an embedding table of virtual tokens. Source: Lester et al. 2021, arXiv 2104.08691."""
-    peft, length = optional("peft", "peft"), config.options["length"]
-    init = "SAMPLE_VOCAB" if config.options["init"] == "vocab" else "RANDOM"
-    settings = peft.PromptTuningConfig(**_shape(base, length), prompt_tuning_init=init)
+    peft, length, init = optional("peft", "peft"), config.options["length"], config.options["init"]
+    drawn = "SAMPLE_VOCAB" if init == "vocab" else "RANDOM"
+    settings = peft.PromptTuningConfig(**_shape(base, length), prompt_tuning_init=drawn)
     with _seeded(config.seed):
         encoder = peft.PromptEmbedding(settings, word_vectors(base))
+    if init == "text":  # as PEFT's TEXT, which would load the tokenizer once more, by its name
+        encoder.embedding.weight.data = start_vectors(base, length, init, instruction, config.seed)
     return VirtualTokens(base, _Encoded(encoder, length), length)
 
 
