@@ -330,6 +330,15 @@ def test_the_loop_keeps_the_best_and_knows_patience() -> None:
     assert fitted.score(DEV.examples) == pytest.approx(min(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_dev_rows_are_measured_as_often_as_asked(method: str) -> None:
+    fitted = fit_toy(tiny_base("llama"), method, max_steps=5, eval_every=2)
+    if isinstance(fitted, FittedPrefix):
+        assert fitted.prefix.metadata["training"]["eval_every"] == 2
+    else:
+        assert len(fitted.metrics["dev_losses"]) == 3  # after steps 2, 4 and 5
+
+
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     base = tiny_base("llama")
     before = snapshot(base)

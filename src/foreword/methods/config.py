@@ -109,8 +109,8 @@ class MethodConfig:
     """How a method is fitted. Raises `ConfigError` for an unknown name or a value out of its range.
 
     `learning_rate` 0 is the method's default; methods that take no gradient steps know no other. `epochs`, `max_steps`,
-    `batch_size`, `micro_batch_size`, `warmup_ratio`, `patience` and `seed` mean what they mean in `TrainConfig`;
-    `options` are the method's own, filled up with their defaults.
+    `batch_size`, `micro_batch_size`, `warmup_ratio`, `eval_every`, `patience` and `seed` mean what they mean in
+    `TrainConfig`; `options` are the method's own, filled up with their defaults.
 
     >>> MethodConfig("adapter", epochs=5).options
     {'share': 0.03, 'template': 'none'}
@@ -128,6 +128,7 @@ class MethodConfig:
     batch_size: int = 10
     micro_batch_size: int = 0
     warmup_ratio: float = 0.05
+    eval_every: int = 0
     patience: int = 3
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -166,8 +167,10 @@ class MethodConfig:
 
     def training(self, **options: Any) -> TrainConfig:
         """The same as options of Foreword's own training, which measures on all dev rows here."""
-        shared = ("epochs", "max_steps", "batch_size", "micro_batch_size", "warmup_ratio", "patience", "seed")
-        given: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        others = ("method", "learning_rate", "options")
+        given: dict[str, Any] = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in others
+        }
         if self.learning_rate:
             given["learning_rate"] = self.learning_rate
         return TrainConfig(**{**given, "dev_limit": 0, **options})

@@ -88,7 +88,7 @@ class TriggerSearch:
                 tokens += sum(self.train.lengths[row] for row in batch)
                 if progress is not None:
                     progress(f"searching | loss {trial.after:.3f}", done, steps)
-                if done % per_epoch == 0 or done == steps:
+                if done % (config.eval_every or per_epoch) == 0 or done == steps:
                     if keeper.is_best(measure(self.base, self._written(self.dev, self.ids), config.batch_size), done):
                         best = self.ids
                     if keeper.done:
