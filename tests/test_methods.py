@@ -556,6 +556,26 @@ def test_the_search_asks_the_gradient() -> None:
     assert search.promising(batch, 1) == search.allowed[scores.topk(5, largest=False).indices].tolist()
 
 
+def test_the_search_reads_batches_in_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    whole, cut = (
+        TriggerSearch(base, TRAIN, DEV, config_of("autoprompt", candidates=5, micro_batch_size=size)) for size in (0, 2)
+    )
+    batch = [0, 3, 4, 8, 11]
+    wanted = whole.loss(whole.ids, batch), whole.promising(batch, 1)
+    read: list[int] = []
+    original = BaseModel.completion_loss
+    monkeypatch.setattr(
+        BaseModel, "completion_loss", lambda self, given, *rest: (
+            read.append(len(given["labels"])), original(self, given, *rest),
+        )[1],
+    )  # fmt: skip
+    assert cut.ids == whole.ids
+    found = cut.loss(cut.ids, batch), cut.promising(batch, 1)
+    assert read == [2, 2, 1] * 2
+    assert found == (pytest.approx(wanted[0], rel=1e-6), wanted[1])
+
+
 def test_triggers_are_read_with_every_prompt() -> None:
     fitted = toy_fit("autoprompt")
     ids = fitted.tensors()["ids"].tolist()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from foreword.base import BaseModel
-from foreword.data import Rows, encode_split, epoch_batches
+from foreword.data import Rows, encode_split, epoch_batches, micro_batches
 from foreword.frozen import frozen_training
 from foreword.methods.config import MethodConfig
 from foreword.methods.loop import Keeper, Progress, collated, measure
@@ -120,8 +120,9 @@ class TriggerSearch:
             self.vectors.vectors.copy_(table(torch.tensor(self.ids, device=self.base.device)))
         self.vectors.vectors.grad = None
         with self.soft.applied() as view:
-            nats, _ = view.completion_loss(collated(view, self.train, batch), {})
-            nats.backward()
+            for part in micro_batches(batch, self.options.micro_batch_size):
+                nats, _ = view.completion_loss(collated(view, self.train, part), {})
+                nats.backward()
         gradient = cast(Tensor, self.vectors.vectors.grad)
         scores = table.weight.detach()[self.allowed].float() @ gradient[place]
         count = min(self.candidates, len(self.allowed))
@@ -130,8 +131,11 @@ class TriggerSearch:
     @torch.no_grad()
     def loss(self, ids: Sequence[int], batch: Sequence[int]) -> float:
         """Nats per completion token of a batch after these triggers."""
-        nats, tokens = self.base.completion_loss(collated(self.base, self._written(self.train, ids, batch), batch), {})
-        return nats.item() / tokens
+        rows, total, count = self._written(self.train, ids, batch), 0.0, 0
+        for part in micro_batches(batch, self.options.micro_batch_size):
+            nats, tokens = self.base.completion_loss(collated(self.base, rows, part), {})
+            total, count = total + nats.item(), count + tokens
+        return total / count
 
     def _first(self, length: int) -> list[int]:
         """Drawn tokens to begin with."""
