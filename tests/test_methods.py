@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import VOCAB, tiny_base
+from tests.tiny import TINY, VOCAB, tiny_base
 from tests.toy import ToyTask
 from torch import Tensor
 
@@ -262,6 +262,31 @@ def test_top_layers_are_what_is_trained() -> None:
     with pytest.raises(ConfigError, match="top 4 layers"):
         top_weights(base, 4)
     assert all(name.startswith("model.decoder.") for name in top_weights(tiny_base("bart"), 1))
+
+
+# The norm after the decoder's last layer, by family; in BART a layer ends in its own.
+LAST_NORMS = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "deepseek_v3"), "model.norm"
+    ),
+    "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "opt": "model.decoder.final_layer_norm",
+    "t5": "decoder.final_layer_norm", "pegasus": "model.decoder.layer_norm", "mbart": "model.decoder.layer_norm",
+    "bart": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", LAST_NORMS)
+def test_top_layers_end_in_the_last_norm(model: str) -> None:
+    base = tiny_base(model)
+    top = [layer for layer, _ in sublayers(base).layers["decoder"]][-1]
+    outside = {name.rpartition(".")[0] for name in top_weights(base, 1) if not name.startswith(f"{top}.")}
+    assert outside == {LAST_NORMS[model]} - {""}
+
+
+def test_no_family_is_forgotten() -> None:
+    others = {"t5-odd", "whisper"}  # as T5; no words to train on
+    written = {name for name in TINY if tiny_base(name).family.kind != "encoder"}
+    assert written == LAST_NORMS.keys() | others
 
 
 @pytest.mark.parametrize("method", ["full", "top2", "adapter", "lora", "embedding", "infix"])

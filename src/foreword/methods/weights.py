@@ -17,7 +17,7 @@ from foreword.methods.tuning import Tuning, sublayers
 
 __all__ = ["WeightTuning", "all_weights", "top_weights"]
 
-_FINAL_NORM = re.compile(r"(?:norm|ln_f|final_layer_norm|final_layernorm)$")
+_FINAL_NORM = re.compile(r"(?:norm|ln_f|layer_norm|final_layer_norm|final_layernorm)$")
 
 
 class WeightTuning(Tuning):
