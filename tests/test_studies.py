@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.studying import calls, write_study
 
-from foreword.errors import ConfigError, MissingPackage, RunError
+from foreword.errors import ConfigError, MissingPackage, RunError, StorageError
 from foreword.experiments import (
     Job,
     Study,
@@ -33,7 +33,7 @@ from foreword.experiments import (
 from foreword.experiments.executors import InProcess
 from foreword.experiments.plan import expand
 from foreword.experiments.records import attempt, bury, key_of
-from foreword.experiments.versions import code_version, git_state, resolve
+from foreword.experiments.versions import code_version, git_state, is_code, resolve
 
 plain = st.one_of(st.booleans(), st.integers(-3, 3), st.floats(-2, 2).map(lambda x: round(x, 1)), st.sampled_from("ab"))
 keys = st.sampled_from(["rows", "seed", "sample", "method", "length", "x"])
@@ -281,6 +281,57 @@ def test_the_code_version_follows_what_runs_read(tmp_path: Path) -> None:
     code_version.cache_clear()
     assert versions[0] == versions[1] == versions[2] and len(set(versions[2:])) == 3
     assert code_version("tests.studying:perform") != code_version("foreword.experiments.perform:perform")
+
+
+def test_the_versions_of_packages_and_the_package_of_ones_own_function_are_in_the_code_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    for name in ("__init__", "study", "helper"):
+        (tmp_path / "own" / f"{name}.py").write_text("def perform(*_): return {}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code_version.cache_clear()
+    before = code_version("own.study:perform")
+    assert is_code(before, "own.study:perform")
+    (tmp_path / "own" / "helper.py").write_text("def perform(*_): return {1: 1}\n")
+    assert code_version("own.study:perform") == before and not is_code(before, "own.study:perform")
+    (tmp_path / "own" / "helper.py").write_text("def perform(*_): return {}\n")
+    assert is_code(before, "own.study:perform")
+    monkeypatch.setattr("foreword.experiments.versions.version", lambda name: "0.0.1")
+    assert not is_code(before, "own.study:perform")
+
+
+def test_a_run_whose_code_changed_meanwhile_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = make_jobs(tmp_path)
+    monkeypatch.setattr("foreword.experiments.records.is_code", lambda code, perform: False)
+    assert execute(jobs[:1], InProcess()) == {"failed": 1}
+    assert state_of(jobs[0].folder) == "failed" and read_result(jobs[0].folder) is None
+    assert "changed during the run" in read_record(jobs[0].folder)["attempts"][0]["error"]
+
+
+def test_the_name_of_a_run_wins_over_that_of_a_method() -> None:
+    short, long = (
+        next(iter(expand({"method": "prefix", "length": length}, file)))
+        for length, file in ((5, "prefix.toml"), (9, "prefix-long.toml"))
+    )
+    assert select([short, long], ["prefix"]) == [short]
+    assert select([long], ["prefix"]) == [long] and select([short, long], ["prefix-long"]) == [long]
+
+
+def test_locks_that_a_file_system_lacks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import fcntl
+
+    jobs = make_jobs(tmp_path)
+    execute(jobs[:1], InProcess())
+    (Path(jobs[0].folder) / "result.json").unlink()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match="cannot be locked .*expected a file system with locks; choose another"):
+        state_of(jobs[0].folder)
 
 
 def test_a_dirty_tree_is_recorded(tmp_path: Path) -> None:

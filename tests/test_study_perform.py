@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from tests.studying import tiny_study
 from tests.tiny import VOCAB
 
 from foreword.base import BaseModel
-from foreword.errors import ConfigError, DataError, RunError
+from foreword.errors import ConfigError, DataError, MissingPackage, RunError
 from foreword.evaluate import score_outputs
 from foreword.experiments import jobs_of, list_studies, load_study
-from foreword.experiments.perform import TEXTS, _base, check, data_of, perform
+from foreword.experiments.perform import TEXTS, _base, _files_hash, check, data_of, perform
 from foreword.methods import METHODS, MethodConfig, fit, search_space
 from foreword.tasks import LowData, get_task
 
@@ -126,6 +128,60 @@ def test_several_tests_of_one_fit_share_what_is_written(
     assert [line["text"] for line in lines[:2]] == [line["text"] for line in lines[2:4]]
 
 
+def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    rows = [{"prompt": "a " * words, "completion": "b"} for words in (3, 4, 600)]
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("prefix", "embedding", "few_shot"):
+        config = {**tiny, "rows": 10, "method": method, "task_test": str(test), "epochs": 1}
+        result, lines, _ = run(tmp_path, config)
+        assert (result["test_rows"], result["skipped_test_rows"]) == ({"test": 2}, {"test": 1}) and len(lines) == 2
+    test.write_text(json.dumps(rows[2]) + "\n")
+    with pytest.raises(DataError, match="no test row of 'files' leaves 64 of the 256 tokens"):
+        run(tmp_path, config)
+
+
+def test_what_would_stop_the_scoring_stops_the_run_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    stages: set[str] = set()
+    config = {**tiny, "rows": 10, "method": "lora", "metrics": "meteor"}
+    with pytest.raises(MissingPackage, match="Java"):
+        perform(config, tmp_path, lambda stage, done, total: stages.add(stage))
+    assert not stages
+
+
+def test_texts_are_kept_before_they_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(sys.modules["foreword.evaluate"], "score_outputs", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(tmp_path, {**tiny, "rows": 10, "method": "zero_shot"})
+    assert len((tmp_path / TEXTS).read_text().splitlines()) == 6
+
+
+def test_limited_rows_are_drawn_and_the_same_for_all(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    ids = []
+    for method, seed in (("zero_shot", 0), ("few_shot", 1)):
+        _, lines, _ = run(tmp_path, {**tiny, "rows": 10, "sample": seed, "method": method, "test_limit": 3})
+        ids.append([line["id"] for line in lines])
+    first = [example.id for example in get_task("files", test=tiny["task_test"]).split("test", limit=3).examples]
+    assert ids[0] == ids[1] != first and len(ids[0]) == 3
+
+
+def test_other_weights_in_the_folder_of_a_base_are_other_data(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny["base"], copy)
+    before = data_of({**tiny, "base": str(copy), "rows": 10})
+    (copy / "model.safetensors").write_bytes(b"other")
+    _files_hash.cache_clear()
+    assert data_of({**tiny, "base": str(copy), "rows": 10}) != before == data_of({**tiny, "rows": 10})
+
+
 def test_the_instruction_can_be_other_words(tmp_path: Path, tiny: dict[str, Any]) -> None:
     config = {**tiny, "rows": 10, "method": "zero_shot"}
     own, other = (run(tmp_path, {**config, "instruction": text})[0] for text in ("", "Say it."))
@@ -199,6 +255,7 @@ def test_low_data_small_is_what_the_issue_asks_for() -> None:
     assert {
         (run_.config["task"], run_.config["base"], run_.config["seed"], run_.config["test_limit"]) for run_ in runs
     } == {("e2e", "smollm2-135m", 0, 200)}
+    assert {(run_.config["tuning"], run_.config["max_steps"]) for run_ in runs} == {(2, 80)}
 
 
 def test_the_full_protocol_has_the_papers_cells() -> None:

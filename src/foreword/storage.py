@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -16,8 +17,11 @@ from pathlib import Path
 
 from foreword.errors import StorageError
 
-__all__ = ["atomic_folder", "locked", "remove_leftovers", "storage_errors", "sync_folder", "write_atomic"]
+__all__ = [
+    "atomic_folder", "file_sha256", "locked", "remove_leftovers", "storage_errors", "sync_folder", "write_atomic",
+]  # fmt: skip
 
+_CHUNK_BYTES = 1 << 20
 _ACTIONS = {
     errno.ENOSPC: "free some space or choose another place",
     errno.EDQUOT: "free some space or choose another place",
@@ -132,6 +136,15 @@ def remove_leftovers(path: str | Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,13 +9,14 @@ The configuration is flat. These keys say what is compared on what; all others a
     instruction       what the task asks for, in other words than the task's own
     rows, fraction    so many training rows, with 0.3 times as many for dev, or a share of them; else all
     sample, seed      seeds of the drawn rows and of training
-    dev_limit         the first dev rows only (0: all)
+    dev_limit         so many of the dev rows, always the same ones (0: all)
     tuning            so many candidates of the method's search space, the best by dev loss; 0: its defaults
     tests             tasks whose test rows are written, such as "webnlg-seen webnlg-unseen"; "": the task's own
-    test_limit        the first test rows only (0: all)
-    metrics           names of metrics, separated by spaces; "": the task's own
+    test_limit        so many of the test rows, always the same ones (0: all)
+    metrics           names of metrics or of sets of them, separated by spaces; "": the task's own
     beams, test_batch_size
 
+Test rows that are too long for the base model once a method adds its tokens are left out of all runs and counted.
 Nothing else of `foreword.experiments` is read here: this file is part of the code version of a result.
 """
 
@@ -26,12 +27,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from foreword.errors import ConfigError, RunError
-from foreword.storage import write_atomic
-from foreword.tasks import Task, drawn, get_task
+from foreword.errors import ConfigError, DataError, RunError
+from foreword.storage import file_sha256, write_atomic
+from foreword.tasks import Split, Task, draw_rows, drawn, get_task
 
 if TYPE_CHECKING:
     from foreword.base import BaseModel
@@ -48,6 +50,7 @@ PROTOCOL: dict[str, Any] = {
     "test_batch_size": 20,
 }  # fmt: skip
 _TASK_OPTION = "task_"
+_ROOM = 64  # tokens: what a method may read with every prompt, its virtual tokens or its instruction
 _AT_LEAST = {"beams": 1, "test_batch_size": 1}
 
 
@@ -58,8 +61,6 @@ def check(config: Mapping[str, Any]) -> None:
     Traceback (most recent call last):
     foreword.errors.ConfigError: rows = 'many'; expected a whole number of at least 0; correct rows
     """
-    from foreword.metrics import get_metric
-
     for key, default in PROTOCOL.items():
         _check_value(key, config.get(key, default), default)
     protocol = _protocol(config)
@@ -68,20 +69,23 @@ def check(config: Mapping[str, Any]) -> None:
     for task in _tasks(config).values():
         if task.kind != "generation":
             raise ConfigError(f"task = {task.name!r} ({task.kind})", "a task whose answers are written", "choose one")
-    for name in protocol["metrics"].split():
-        get_metric(name)
+    for task in _tasks(config).values():
+        _metrics(protocol, task)
     _candidates(config)
 
 
 def data_of(config: Mapping[str, Any]) -> str:
-    """The hash of the rows that a run draws from and is tested on. Raises `DataError` where they are not to be had."""
+    """The hash of the rows that a run draws from and is tested on, and of a base model that is a folder here.
+
+    Raises `DataError` where they are not to be had.
+    """
     protocol = _protocol(config)
     own, tests = _names(config)
     limits = {"train": 0, "dev": protocol["dev_limit"], "test": protocol["test_limit"]}
     wanted = [(own, "train")] + ([] if protocol["rows"] else [(own, "dev")]) + [(test, "test") for test in tests]
     options = json.dumps(_task_options(config), sort_keys=True)
     found = [_split_hash(name, options, split, limits[split]) for name, split in wanted]
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*found, _files_hash(protocol["base"])]).encode()).hexdigest()
 
 
 def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -91,6 +95,7 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     `foreword.methods.fit_each` and the metrics raise.
     """
     from foreword.methods import fit_each
+    from foreword.metrics import get_metric
     from foreword.runs import peak_memory_bytes
 
     protocol = _protocol(config)
@@ -100,17 +105,23 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     options = {"rows": protocol["rows"], "fraction": protocol["fraction"], "sample_seed": protocol["sample"]}
     source = drawn(task, options)
     train = source.split("train")
-    dev = source.split("dev", limit=protocol["dev_limit"] or None)
+    dev = draw_rows(source.split("dev"), protocol["dev_limit"])
+    tests = [_test(base, name, each, protocol) for name, each in tasks.items() if name]
+    for name in dict.fromkeys(name for test in tests for name in test.metrics):
+        get_metric(
+            name
+        ).ready()  # what would stop the scoring, such as a missing package, stops the run before it begins
     candidates = _candidates(config)
     instruction = protocol["instruction"] or task.instruction
     start = time.perf_counter()
     fits = fit_each(base, train, dev, candidates, instruction=instruction, progress=progress)
     fitted, tried = _choose(candidates, fits)
     tuning_seconds = time.perf_counter() - start
-    tests = {name: each for name, each in tasks.items() if name}
-    written = _write(fitted, tests, protocol, folder, progress)
+    outputs, writing = _write(fitted, tests, protocol, progress)
+    _keep(tests, outputs, folder)
     return {
-        **written,
+        **_score(fitted, tests, outputs, protocol),
+        **writing,
         "dev_nats_per_token": fitted.metrics["dev_loss"],
         "parameters": fitted.parameters,
         "num_bytes": fitted.num_bytes,
@@ -158,40 +169,87 @@ def _told(candidate: MethodConfig, found: Fitted | RunError) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class _Test(NamedTuple):
+    """A task whose test rows are written: those that every method can write for, and how many others there are."""
+
+    name: str
+    task: Task
+    rows: Split
+    skipped: int
+    metrics: tuple[str, ...]
+
+
+def _test(base: BaseModel, name: str, task: Task, protocol: Mapping[str, Any]) -> _Test:
+    """The rows that leave room for what a method may add. Raises `DataError` if there is none."""
+    split = draw_rows(task.split("test"), protocol["test_limit"])
+    limit, joint = base.max_tokens, base.family.kind == "decoder"
+    kept = []
+    for example in split.examples:
+        prompt, completion = (len(ids) for ids in base.encode(example.prompt, example.completion))
+        written = max(completion, task.max_new_tokens)
+        if limit is None or (prompt + written if joint else max(prompt, written)) + _ROOM <= limit:
+            kept.append(example)
+    if not kept:
+        raise DataError(
+            f"no test row of {task.name!r} leaves {_ROOM} of the {limit} tokens of {base.name!r}", "shorter rows",
+            "choose another base model",
+        )  # fmt: skip
+    return _Test(name, task, replace(split, examples=kept, sha256=""), len(split) - len(kept), _metrics(protocol, task))
+
+
 def _write(
-    fitted: Fitted, tests: Mapping[str, Task], protocol: Mapping[str, Any], folder: Path, progress: Progress
+    fitted: Fitted, tests: Sequence[_Test], protocol: Mapping[str, Any], progress: Progress
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The texts for each test, and what they took; a prompt of several tests is written once."""
+    known: dict[str, str] = {}
+    seconds = 0.0
+    for name, task, rows, *_ in tests:
+        prompts = [prompt for prompt in dict.fromkeys(each.prompt for each in rows) if prompt not in known]
+        if not prompts:
+            continue
+        start = time.perf_counter()
+        texts = fitted.generate(
+            prompts, max_new_tokens=task.max_new_tokens, stop=list(task.stop), num_beams=protocol["beams"],
+            batch_size=protocol["test_batch_size"], progress=functools.partial(progress, f"writing {name}"),
+        )  # fmt: skip
+        seconds += time.perf_counter() - start
+        known.update(zip(prompts, (text.strip() for text in texts), strict=True))
+    outputs = {test.name: [known[example.prompt] for example in test.rows] for test in tests}
+    tokens = sum(len(fitted.base.encode("", text)[1]) for text in known.values())
+    return outputs, {"inference_seconds": seconds, "inference_rows": len(known), "inference_tokens": tokens}
+
+
+def _keep(tests: Sequence[_Test], outputs: Mapping[str, list[str]], folder: Path) -> None:
+    """The texts, one line for each test row, before anything is scored."""
+    lines = [
+        {"test": test.name, "id": row.id, "prompt": row.prompt, "text": text, "references": row.references}
+        for test in tests
+        for row, text in zip(test.rows, outputs[test.name], strict=True)
+    ]
+    write_atomic(folder / TEXTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _score(
+    fitted: Fitted, tests: Sequence[_Test], outputs: Mapping[str, list[str]], protocol: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write for the test rows of each task, score, and keep the texts; a prompt of several tests is written once."""
+    """The metrics of the texts by test, and what the right ones cost."""
     from foreword.evaluate import score_outputs
 
-    known: dict[str, str] = {}
-    scores, costs, counts, lines = {}, {}, {}, []
-    seconds = 0.0
-    for name, task in tests.items():
-        examples = task.split("test", limit=protocol["test_limit"] or None).examples
-        prompts = [prompt for prompt in dict.fromkeys(example.prompt for example in examples) if prompt not in known]
-        start = time.perf_counter()
-        if prompts:
-            advance = functools.partial(progress, f"writing {name}")
-            texts = fitted.generate(
-                prompts, max_new_tokens=task.max_new_tokens, stop=list(task.stop), num_beams=protocol["beams"],
-                batch_size=protocol["test_batch_size"], progress=advance,
-            )  # fmt: skip
-            known.update(zip(prompts, (text.strip() for text in texts), strict=True))
-        seconds += time.perf_counter() - start
-        outputs = [known[example.prompt] for example in examples]
-        found = score_outputs(protocol["metrics"].split() or list(task.metrics), outputs, examples)
+    scores, costs = {}, {}
+    for name, _, rows, _, metrics in tests:
+        found = score_outputs(metrics, outputs[name], rows.examples)
         scores[name] = {metric: score._asdict() for metric, score in found.items()}
-        costs[name] = fitted.score(examples, batch_size=protocol["test_batch_size"])
-        counts[name] = len(examples)
-        for example, text in zip(examples, outputs, strict=True):
-            line = {"test": name, "id": example.id, "prompt": example.prompt, "text": text}
-            lines.append(json.dumps({**line, "references": example.references}, ensure_ascii=False))
-    write_atomic(folder / TEXTS, "".join(f"{line}\n" for line in lines))
+        costs[name] = fitted.score(rows.examples, batch_size=protocol["test_batch_size"])
     return {
-        "scores": scores, "nats_per_token": costs, "test_rows": counts, "inference_seconds": seconds,
-        "inference_rows": len(known),
+        "scores": scores, "nats_per_token": costs, "test_rows": {test.name: len(test.rows) for test in tests},
+        "skipped_test_rows": {test.name: test.skipped for test in tests},
     }  # fmt: skip
+
+
+def _metrics(protocol: Mapping[str, Any], task: Task) -> tuple[str, ...]:
+    from foreword.metrics import metric_names
+
+    return metric_names(protocol["metrics"].split() or task.metrics)
 
 
 @functools.lru_cache(maxsize=1)
@@ -253,6 +311,15 @@ def _tasks(config: Mapping[str, Any]) -> dict[str, Task]:
     return {"": get_task(own, **options), **(named if config.get("tests") else {"test": named[own]})}
 
 
+@functools.lru_cache(maxsize=16)
+def _files_hash(base: str) -> str:
+    """Of a folder's files; "" for a model of another name, which the fingerprint of its weights tells apart later."""
+    if not Path(base).is_dir():
+        return ""
+    files = sorted(path for path in Path(base).iterdir() if path.is_file())
+    return hashlib.sha256("\n".join(f"{path.name} {file_sha256(path)}" for path in files).encode()).hexdigest()
+
+
 @functools.lru_cache(maxsize=256)
 def _split_hash(task: str, options: str, split: str, limit: int) -> str:
-    return get_task(task, **json.loads(options)).split(split, limit=limit or None).sha256
+    return draw_rows(get_task(task, **json.loads(options)).split(split), limit).sha256

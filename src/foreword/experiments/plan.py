@@ -116,7 +116,7 @@ def expand(values: Mapping[str, Value | list[Value]], file: str, folder: Path = 
 
 
 def select(runs: Iterable[Run], only: Iterable[str] = ()) -> list[Run]:
-    """The runs whose method, file or name is in `only`; all of them if it is empty.
+    """The runs whose name is in `only`, or whose method or file is where no run has that name; all if it is empty.
 
     Raises `ConfigError` for a word that fits none.
 
@@ -125,7 +125,8 @@ def select(runs: Iterable[Run], only: Iterable[str] = ()) -> list[Run]:
     (['lora-8,rows=50'], 2)
     """
     runs, wanted = list(runs), list(only)
-    words = [{str(run.config.get("method", "")), Path(run.file).stem, run.name} for run in runs]
+    names = {run.name for run in runs}
+    words = [{run.name} | ({str(run.config.get("method", "")), Path(run.file).stem} - names) for run in runs]
     for word in wanted:
         if not any(word in each for each in words):
             methods = dict.fromkeys(str(run.config.get("method", Path(run.file).stem)) for run in runs)

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from foreword.errors import ForewordError, RunError
+from foreword.errors import ForewordError, RunError, StorageError
 from foreword.experiments.plan import Value
-from foreword.experiments.versions import code_version, package_versions, resolve
+from foreword.experiments.versions import code_version, is_code, package_versions, resolve
 from foreword.storage import remove_leftovers, storage_errors, write_atomic
 
 if sys.platform != "win32":
@@ -196,6 +196,10 @@ def _made(job: Job, folder: Path, progress: Progress | None) -> tuple[str, str]:
     if here != job.code:
         raise RunError(f"code {here[:8]} in this process", f"code {job.code[:8]}, as planned", "start the study again")
     result = resolve(job.perform)(dict(job.config), folder, progress or (lambda *_: None))
+    if not is_code(job.code, job.perform):
+        raise RunError(
+            "source files or packages changed during the run", f"code {job.code[:8]}", "start the study again"
+        )
     return _json({"key": job.key, "name": job.name, "config": job.config, **result}), str(result.get("device", "cpu"))
 
 
@@ -236,7 +240,7 @@ def _held(path: Path) -> Iterator[bool]:
 
 
 def _is_held(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, "r+", encoding="utf-8") as file:  # NFS locks no reader's
         return not _take(file)
     return False
 
@@ -248,4 +252,8 @@ def _take(file: IO[str]) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise StorageError(
+                f"{file.name} cannot be locked ({error.strerror})", "a file system with locks", "choose another --out"
+            ) from None
     return True

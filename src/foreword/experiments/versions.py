@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,13 +17,19 @@ from typing import Any
 
 from foreword.errors import ConfigError
 
-__all__ = ["code_version", "git_state", "package_versions", "resolve"]
+__all__ = ["code_version", "git_state", "is_code", "package_versions", "resolve"]
 
 _PACKAGE = Path(__file__).parents[1]
 # What no run reads (an import contract keeps it so): a change there makes no result a different one.
-_UNREAD = ("cli/", "engine/", "server/", "experiments/")
+_UNREAD = (
+    "cli/", "engine/", "server/", "experiments/", "catalog.py", "charts.py", "compare.py", "explain.py",
+    "explain_page.py", "load.py", "load_client.py", "load_report.py", "seeds.py", "similarity.py", "start.py",
+    "store.py",
+)  # fmt: skip
 _READ = ("experiments/perform.py",)
 _PACKAGES = ("foreword", "torch", "transformers", "accelerate", "safetensors", "numpy", "peft", "ray", "sacrebleu")
+# Another version of these may give other numbers.
+_DECISIVE = ("torch", "transformers", "peft", "sacrebleu", "pycocoevalcap", "bert-score")
 _MOST_CHANGES = 20
 
 
@@ -46,22 +53,38 @@ def resolve(name: str) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def code_version(perform: str = "", package: Path = _PACKAGE) -> str:
-    """The hash of the source files that a run may read, and of the module of `perform` if it is elsewhere.
+    """The hash of the source files that a run may read, of the package of `perform`, and of the decisive versions.
 
-    Read once for a process: its modules are those of then.
+    Read once for a process: its modules are those of then. `is_code` says whether the files are so still.
     """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
         if name in _READ or not name.startswith(_UNREAD):
             digest.update(f"{name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-    module = perform.partition(":")[0]
-    if module and module.partition(".")[0] != "foreword":
-        spec = find_spec(module)
-        if spec is None or spec.origin is None:
-            raise ConfigError(f"perform = {perform!r}", "module:function that can be imported", "correct it")
-        digest.update(Path(spec.origin).read_bytes())
+    for path in _own_files(perform):
+        digest.update(path.read_bytes())
+    found = package_versions(_DECISIVE)
+    digest.update(repr(sorted(found.items())).encode())
     return digest.hexdigest()
+
+
+def is_code(version: str, perform: str) -> bool:
+    """Whether the files are still those of that `code_version`: a module may be loaded long after a run began."""
+    return code_version.__wrapped__(perform) == version
+
+
+def _own_files(perform: str) -> list[Path]:
+    """The modules beside a function that is not Foreword's: its whole package, else its file."""
+    module = perform.partition(":")[0]
+    top = module.partition(".")[0]
+    if top in ("", "foreword"):
+        return []
+    found, spec = find_spec(top), find_spec(module)
+    if found is None or spec is None or spec.origin is None:
+        raise ConfigError(f"perform = {perform!r}", "module:function that can be imported", "correct it")
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    return sorted({path for folder in folders for path in folder.rglob("*.py")} | {Path(spec.origin)})
 
 
 def git_state(folder: Path = _PACKAGE) -> dict[str, Any] | None:
@@ -75,10 +98,10 @@ def git_state(folder: Path = _PACKAGE) -> dict[str, Any] | None:
     return None
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(names: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """The versions of Python and of the packages that results depend on, as far as they are installed."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -19,7 +19,7 @@ from foreword.tasks.labelled_files import LabelledFiles
 from foreword.tasks.ner import NER, ner
 from foreword.tasks.scitldr import scitldr
 from foreword.tasks.shots import FewShot
-from foreword.tasks.subsample import DataFraction, LowData, drawn
+from foreword.tasks.subsample import DataFraction, LowData, draw_rows, drawn
 from foreword.tasks.superglue import SUPERGLUE, fewglue, superglue
 from foreword.tasks.task import AnyExample, Example, Labelled, SkippedRow, Split, Tagged, Task
 from foreword.tasks.trails import Trails
@@ -28,8 +28,8 @@ from foreword.tasks.xsum import xsum, xsum_subset
 
 __all__ = [
     "E2E", "OWN_TASKS", "AnyExample", "ConllFiles", "DataFraction", "Example", "FewShot", "FileTask", "Labelled",
-    "LabelledFiles", "LowData", "SkippedRow", "Split", "Tagged", "Task", "Trails", "drawn", "get_task", "list_tasks",
-    "reading_of",
+    "LabelledFiles", "LowData", "SkippedRow", "Split", "Tagged", "Task", "Trails", "draw_rows", "drawn", "get_task",
+    "list_tasks", "reading_of",
 ]  # fmt: skip
 
 _OWN: dict[str, Any] = {"files": FileTask, "labelled": LabelledFiles, "conll": ConllFiles}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from foreword.errors import ConfigError, DataError
@@ -11,7 +12,7 @@ from foreword.tasks.sampled import SampledTask, by_row, content, input_of
 from foreword.tasks.shots import FewShot
 from foreword.tasks.task import AnyExample, Split, Task
 
-__all__ = ["DataFraction", "LowData", "drawn"]
+__all__ = ["DataFraction", "LowData", "draw_rows", "drawn"]
 
 _DEV_SHARE = 0.3
 
@@ -102,6 +103,23 @@ def drawn(task: Task, options: Mapping[str, Any]) -> Task:
         return LowData(task, options["rows"], seed)
     fraction = options.get("fraction", 1.0)
     return task if fraction == 1.0 else DataFraction(task, fraction, seed)
+
+
+def draw_rows(split: Split, count: int, seed: int = 0) -> Split:
+    """`count` rows of a split in its order (0, or at least as many as there are: all), chosen by what they say.
+
+    The first rows of a file are often alike, such as the shortest or those of one subject; a drawn part is not.
+
+    >>> from foreword.tasks import get_task
+    >>> test = get_task("trails").split("test")
+    >>> len(draw_rows(test, 5)), draw_rows(test, 0) is test
+    (5, True)
+    """
+    if not 0 < count < len(split):
+        return split
+    chosen = set(in_order((content(example) for example in split.examples), seed)[:count])
+    rows = [example for example in split.examples if content(example) in chosen][:count]
+    return replace(split, examples=rows, sha256="", source=f"{split.source}, {count} drawn rows")
 
 
 def _different(examples: Iterable[AnyExample], seed: int) -> list[AnyExample]:
