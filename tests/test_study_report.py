@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from foreword.errors import RunError
+from foreword.experiments.comparisons import difference, holm
 from foreword.experiments.expectations import expectations
 from foreword.experiments.plan import Study
 from foreword.experiments.records import Job
-from foreword.experiments.report import holm, save_report
-from foreword.experiments.results import difference, gather
+from foreword.experiments.report import save_report
+from foreword.experiments.results import gather
 
 ROWS = [f"the river {k} is long and blue" for k in range(40)]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from foreword.experiments.results import Cell, Difference, Results, difference
+from foreword.experiments.comparisons import Difference, difference
+from foreword.experiments.results import Cell, Results
 from foreword.metrics import number_format
 
 __all__ = ["Expectation", "expectations"]

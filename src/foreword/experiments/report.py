@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from foreword.charts import Point, Series, chart
+from foreword.experiments.comparisons import Difference, difference, holm
 from foreword.experiments.expectations import expectations
+from foreword.experiments.parts import Amount, Figure, Heading, Lines, Part, Table, Text, Value, html, markdown
 from foreword.experiments.plan import Study
 from foreword.experiments.published import published_for
-from foreword.experiments.results import Cell, Difference, Results, Spread, difference, recorded
+from foreword.experiments.results import Cell, Results, recorded
 from foreword.methods import METHODS
 from foreword.metrics import get_metric
-from foreword.pages import Cell as TableCell
-from foreword.pages import bullets, escaped, folded, heading, listing, paragraph, save_page
+from foreword.pages import save_page
 from foreword.storage import write_atomic
 
 __all__ = ["save_report"]
@@ -28,50 +28,13 @@ _REFERENCE = "prefix"  # what the others are compared with, where it is there
 _EXAMPLES = 6
 
 
-class Heading(NamedTuple):
-    text: str
-
-
-class Text(NamedTuple):
-    text: str
-
-
-class Lines(NamedTuple):
-    lines: Sequence[str]
-
-
-class Figure(NamedTuple):
-    html: str
-    title: str
-
-
-class Table(NamedTuple):
-    header: Sequence[str]
-    rows: Sequence[Sequence[Value]]
-
-
-class Amount(NamedTuple):
-    """A number that is shown with so many decimals, and with its sign if that matters."""
-
-    value: float
-    decimals: int
-    signed: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.value:{'+' if self.signed else ''},.{self.decimals}f}"
-
-
-Value = str | int | Amount | Spread
-Part = Heading | Text | Lines | Figure | Table
-
-
 def save_report(study: Study, results: Results, folder: str | Path) -> tuple[Path, Path]:
     """Write `NAME.html` and `NAME.md` into a folder; their paths. Raises `RunError`, `StorageError`."""
     folder = Path(folder)
     parts = list(_parts(study, results))
     page, text = folder / f"{study.name}.html", folder / f"{study.name}.md"
-    save_page(page, f"Study {study.name}", "\n".join(map(_html, parts)))
-    write_atomic(text, f"# Study {study.name}\n\n" + "\n\n".join(filter(None, map(_markdown, parts))) + "\n")
+    save_page(page, f"Study {study.name}", "\n".join(map(html, parts)))
+    write_atomic(text, f"# Study {study.name}\n\n" + "\n\n".join(filter(None, map(markdown, parts))) + "\n")
     return page, text
 
 
@@ -134,7 +97,7 @@ def _over_places(results: Results, panel: str, test: str, metric: str) -> Figure
             series.append(Series(_titled(label), points))
     title = f"{metric} over {results.place}"
     log = min(point.x for each in series for point in each.points) > 0
-    return Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log), title)
+    return Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log))
 
 
 def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
@@ -182,19 +145,6 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     yield Table(["method", results.place or "", "difference", "interval", "p (Holm)"], rows)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for how many there are, step by step (Holm 1979).
-
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    corrected, least = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = least
-    return corrected
-
-
 def _costs(results: Results, panel: str) -> Iterator[Part]:
     """Score against what a method stores and how long it trains, where most rows are."""
     place = results.places(panel)[-1]
@@ -218,8 +168,7 @@ def _costs(results: Results, panel: str) -> Iterator[Part]:
             title = f"{metric} against {label}" + (f", {_at(results, place)}" if place is not None else "")
             front = _rises(metric)
             figure = chart(title, series, x_label=label, y_label=metric, log_x=log, joined=False, front=front)
-            yield Figure(figure, title)
-            yield Text("The dotted line joins those that no other beats in both.") if front else Text("")
+            yield Figure(figure, "The dotted line joins those that no other beats in both." if front else "")
 
 
 def _expected(results: Results) -> Iterator[Part]:
@@ -314,54 +263,6 @@ def _made(results: Results) -> Iterator[Part]:
         seconds = Amount(result["train_seconds"] + result["inference_seconds"], 0) if result else ""
         rows.append([job.name, "done" if result else "missing", seconds, job.command])
     yield Table(["run", "state", "seconds", "command"], rows)
-
-
-# How it is shown
-
-
-def _html(part: Part) -> str:
-    match part:
-        case Heading(text):
-            return heading(text)
-        case Text(text):
-            return paragraph(text) if text else ""
-        case Lines(lines):
-            return bullets(lines)
-        case Figure(html, _):
-            return html
-        case Table(header, rows):
-            return listing(header, [[_table_cell(value) for value in row] for row in rows])
-
-
-def _table_cell(value: Value) -> str | int | TableCell:
-    if isinstance(value, Spread):
-        return TableCell(escaped(value), value.mean)
-    if isinstance(value, Amount):
-        return TableCell(str(value), value.value)
-    if isinstance(value, str) and len(value) > 220:
-        return TableCell(folded(value), value)
-    return value
-
-
-def _markdown(part: Part) -> str:
-    match part:
-        case Heading(text):
-            return f"## {text}"
-        case Text(text):
-            return text
-        case Lines(lines):
-            return "\n".join(f"* {line}" for line in lines)
-        case Figure():
-            return ""  # the tables have its numbers
-        case Table(header, rows):
-            body = [" | ".join(_plain(value) for value in row) for row in rows]
-            return "\n".join(f"| {line} |" for line in [" | ".join(header), "|".join(["---"] * len(header)), *body])
-
-
-def _plain(value: Value) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _main(cell: Cell, test: str, metric: str) -> str:

@@ -1,10 +1,10 @@
-"""What the runs of a study came to: cells over their repetitions, and differences on the same rows."""
+"""What the runs of a study came to: cells over their repetitions."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,12 @@ from foreword.errors import RunError
 from foreword.experiments.perform import TEXTS
 from foreword.experiments.plan import Value
 from foreword.experiments.records import Job, read_record, read_result
-from foreword.metrics import get_metric, number_format
-from foreword.metrics.bootstrap import PairedDifference, paired_difference
+from foreword.metrics import number_format
 
-__all__ = ["Cell", "Difference", "Results", "Spread", "gather"]
+__all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
 
 _REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
 _PLACES = ("rows", "fraction", "length", "share", "rank")  # what a study is drawn over, the first that differs
-_SAMPLES = 2000
 
 
 class Spread(NamedTuple):
@@ -70,28 +68,6 @@ class Cell:
             raise RunError(
                 f"{path} cannot be read", "the texts of a run", f"remove {path.parent} and run again"
             ) from None
-
-
-class Difference(NamedTuple):
-    """How much higher one cell scores than another, on the same rows, samples and seeds."""
-
-    first: Cell
-    second: Cell
-    test: str
-    metric: str
-    found: PairedDifference
-    runs: int
-
-    @property
-    def beyond_noise(self) -> bool:
-        """Whether the 95 % interval leaves out 0."""
-        return not self.found.low <= 0 <= self.found.high
-
-    @property
-    def interval(self) -> str:
-        """The ends of the interval in words."""
-        form = number_format(self.metric)
-        return f"[{self.found.low:+{form}}, {self.found.high:+{form}}]"
 
 
 @dataclass(frozen=True)
@@ -159,28 +135,6 @@ def gather(jobs: Iterable[Job]) -> Results:
         repetition = (job.config.get("sample", 0), job.config.get("seed", 0))
         cell.results[repetition], cell.folders[repetition] = result, Path(job.folder)
     return Results(tuple(cells.values()), tuple(missing), jobs, place)
-
-
-def difference(first: Cell, second: Cell, test: str, metric: str) -> Difference | None:
-    """How much higher the second cell scores; None where they have no repetition in common.
-
-    Rows are drawn and exchanged with all repetitions of both cells, so that a row counts as one however often it was
-    written for.
-    """
-    common = [each for each in first.results if each in second.results]
-    if not common:
-        return None
-    scorer = get_metric(metric)
-    one: Any = 0.0
-    two: Any = 0.0
-    for repetition in common:
-        rows, others = first.texts(repetition, test), second.texts(repetition, test)
-        if [row["id"] for row in rows] != [row["id"] for row in others]:
-            raise RunError(f"{first.label} and {second.label} were tested on other rows", "the same", "run them again")
-        targets: Sequence[Any] = [row["references"] if scorer.needs == "references" else row["prompt"] for row in rows]
-        a, b = scorer.paired_statistics([row["text"] for row in rows], [row["text"] for row in others], targets)
-        one, two = one + a, two + b
-    return Difference(first, second, test, metric, paired_difference(scorer, one, two, samples=_SAMPLES), len(common))
 
 
 def recorded(results: Results) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Whether two cells of a study differ: differences on the same rows, and p-values for several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from foreword.errors import RunError
+from foreword.experiments.results import Cell
+from foreword.metrics import get_metric, number_format
+from foreword.metrics.bootstrap import PairedDifference, paired_difference
+
+__all__ = ["Difference", "difference", "holm"]
+
+_SAMPLES = 2000
+
+
+class Difference(NamedTuple):
+    """How much higher one cell scores than another, on the same rows, samples and seeds."""
+
+    first: Cell
+    second: Cell
+    test: str
+    metric: str
+    found: PairedDifference
+    runs: int
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the 95 % interval leaves out 0."""
+        return not self.found.low <= 0 <= self.found.high
+
+    @property
+    def interval(self) -> str:
+        """The ends of the interval in words."""
+        form = number_format(self.metric)
+        return f"[{self.found.low:+{form}}, {self.found.high:+{form}}]"
+
+
+def difference(first: Cell, second: Cell, test: str, metric: str) -> Difference | None:
+    """How much higher the second cell scores; None where they have no repetition in common.
+
+    Rows are drawn and exchanged with all repetitions of both cells, so that a row counts as one however often it was
+    written for.
+    """
+    common = [each for each in first.results if each in second.results]
+    if not common:
+        return None
+    scorer = get_metric(metric)
+    one: Any = 0.0
+    two: Any = 0.0
+    for repetition in common:
+        rows, others = first.texts(repetition, test), second.texts(repetition, test)
+        if [row["id"] for row in rows] != [row["id"] for row in others]:
+            raise RunError(f"{first.label} and {second.label} were tested on other rows", "the same", "run them again")
+        targets: Sequence[Any] = [row["references"] if scorer.needs == "references" else row["prompt"] for row in rows]
+        a, b = scorer.paired_statistics([row["text"] for row in rows], [row["text"] for row in others], targets)
+        one, two = one + a, two + b
+    return Difference(first, second, test, metric, paired_difference(scorer, one, two, samples=_SAMPLES), len(common))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for how many there are, step by step (Holm 1979).
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = least
+    return corrected
