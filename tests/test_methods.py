@@ -620,7 +620,7 @@ def test_triggers_are_read_with_every_prompt() -> None:
     ("template", "expected"),
     [
         ("first", "Do it.\n\na\nA\n\nb\nB\n\nc\n"),
-        ("labelled", "Do it.\n\nInput: a\nOutput: A\n\nInput: b\nOutput: B\n\nInput: c\nOutput: "),
+        ("labelled", "Do it.\n\nInput: a\nOutput:\nA\n\nInput: b\nOutput:\nB\n\nInput: c\nOutput:\n"),
         ("last", "a\nDo it.\nA\n\nb\nDo it.\nB\n\nc\nDo it.\n"),
     ],
 )
@@ -632,6 +632,18 @@ def test_prompts_in_context(template: str, expected: str) -> None:
     assert prompting.write("c\n", 1) == expected
     alone = Prompting(tiny_base("llama"), config_of("zero_shot", template=template), examples, "Do it.")
     assert alone.write("c\n", 1) == TEMPLATES[template].format(instruction="Do it.", prompt="c\n")
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "chat"])
+def test_a_shot_has_the_tokens_that_the_model_is_to_write(template: str) -> None:
+    """A completion is scored as tokens of its own: a shown one must read as the same."""
+    base = tiny_base("llama")
+    shot = Example("a", "name : Aromi\n", "a pub by the river.", ("",), 1)
+    prompting = Prompting(base, config_of("few_shot", shots=1, template=template), [shot], "Do it.")
+    shown = base.encode_prompt(prompting.write("name : Aromi\n"))
+    prompting.shots = []
+    asked, completion = base.encode(prompting.write(shot.prompt), shot.completion)
+    assert shown[: len(asked) + len(completion) - 1] == asked + completion[:-1]  # but the end token
 
 
 @given(st.integers(0, 20), st.integers(1, 30), st.integers(0, 8))

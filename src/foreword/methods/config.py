@@ -20,10 +20,11 @@ __all__ = ["METHODS", "SEARCH_SIZE", "TEMPLATES", "Method", "MethodConfig", "sea
 
 SEARCH_SIZE = 4
 
-# How an instruction goes with a prompt where nothing is trained.
+# How an instruction goes with a prompt where nothing is trained. All end a line where the completion begins: it has
+# tokens of its own, which a space before it would be merged with in solved examples.
 TEMPLATES: dict[str, str] = {
     "first": "{instruction}\n\n{prompt}",
-    "labelled": "{instruction}\n\nInput: {prompt}Output: ",
+    "labelled": "{instruction}\n\nInput: {prompt}Output:\n",
     "last": "{prompt}{instruction}\n",
     "chat": "{instruction}\n\n{prompt}",  # as a user's turn of the tokenizer's chat template
 }

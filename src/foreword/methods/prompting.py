@@ -68,20 +68,14 @@ class Prompting:
     def _write(self, prompt: str, shots: Sequence[Example]) -> str:
         if self.template == "none":
             return prompt
-        solved = "".join(self._solved(shot) for shot in shots)
-        if self.template == "last":
-            return solved + TEMPLATES["last"].format(instruction=self.instruction, prompt=prompt)
-        # The instruction stands once, before the first shot.
-        asked = "Input: {prompt}Output: " if self.template == "labelled" else "{prompt}"
-        written = f"{self.instruction}\n\n{solved}{asked.format(prompt=prompt)}"
+        # An instruction that comes first stands once, before the first shot.
+        before, first, asked = TEMPLATES[self.template].rpartition("{instruction}\n\n")
+        solved = "".join(f"{self._filled(asked, shot.prompt)}{shot.completion}\n\n" for shot in shots)
+        written = self._filled(before + first) + solved + self._filled(asked, prompt)
         return self._chat(written) if self.template == "chat" else written
 
-    def _solved(self, shot: Example) -> str:
-        if self.template == "last":
-            return TEMPLATES["last"].format(instruction=self.instruction, prompt=shot.prompt) + f"{shot.completion}\n\n"
-        if self.template == "labelled":
-            return f"Input: {shot.prompt}Output: {shot.completion}\n\n"
-        return f"{shot.prompt}{shot.completion}\n\n"
+    def _filled(self, part: str, prompt: str = "") -> str:
+        return part.format(instruction=self.instruction, prompt=prompt)
 
     def _chat(self, written: str) -> str:
         """A user's turn of the tokenizer's chat template, up to where the answer begins."""
