@@ -16,8 +16,9 @@ from foreword.metrics.coco import Cider, CocoRougeL, Meteor
 from foreword.metrics.metric import Metric, Targets
 from foreword.metrics.ngram import SCRIPT_REFERENCES, Bleu, ChrfPlusPlus, MultiBleu, Ter
 from foreword.metrics.nist import Nist
-from foreword.metrics.overlap import Coverage, ExactMatch, Rouge, field_values
+from foreword.metrics.overlap import Coverage, ExactMatch, Rouge
 from foreword.metrics.slots import SlotErrors
+from foreword.metrics.sources import field_values
 
 __all__ = [
     "METRIC_SETS",

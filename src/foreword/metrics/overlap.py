@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 
 from foreword.metrics.metric import Mean, Targets
+from foreword.metrics.sources import field_values
 from foreword.optional import optional
 
-__all__ = ["Coverage", "ExactMatch", "Rouge", "field_values"]
+__all__ = ["Coverage", "ExactMatch", "Rouge"]
 
 
 class Rouge(Mean):
@@ -54,8 +55,9 @@ class ExactMatch(Mean):
 class Coverage(Mean):
     """The share of source field values that appear in the output, as whole words, but for case and spaces.
 
-    A source is a linearised prompt, "name : Aromi | eatType : pub". Values that are put into other words, such as
-    "yes" or "no", are not recognised: a lower bound. Without any value the score is 100.
+    A source is a linearised prompt, "name : Aromi | eatType : pub", or one of triples, whose values are subjects and
+    objects. Values that are put into other words, such as "yes" or "no", are not recognised: a lower bound. Without
+    any value the score is 100.
 
     >>> Coverage()(["Aromi serves food."], ["name : Aromi | eatType : pub"])
     50.0
@@ -72,16 +74,6 @@ class Coverage(Mean):
             found = sum(re.search(rf"(?<!\w){re.escape(_plain(value))}(?!\w)", text) is not None for value in values)
             rows.append([float(found), float(len(values))])
         return rows
-
-
-def field_values(source: str) -> list[str]:
-    """The values of a linearised source; fields without a value are left out.
-
-    >>> field_values("name : Aromi | opens : 9 : 30 | note : ")
-    ['Aromi', '9 : 30']
-    """
-    parts = (field.partition(" : ") for field in source.strip().split(" | "))
-    return [value.strip() for _, separator, value in parts if separator and value.strip()]
 
 
 def _plain(text: str) -> str:

@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from foreword.metrics.metric import Metric, Numbers
+from foreword.metrics.sources import read_source
 
-__all__ = ["SAID", "SlotErrors", "Slots", "SlotVerdict", "read_source", "slot_verdict"]
+__all__ = ["SAID", "SlotErrors", "SlotVerdict", "Slots", "slot_verdict"]
 
 Slots = Mapping[str, Sequence[str]]  # the values of each field
 
@@ -84,10 +85,11 @@ class SlotVerdict(NamedTuple):
 class SlotErrors(Metric):
     """Missing, wrong and invented values per slot of the sources, in percent; lower is better.
 
-    A source is a linearised prompt, "name : Aromi | eatType : pub". A value is missing if the output does not state
-    it, wrong if the output states another value of its field instead, invented if the output states a value of a
-    field that the source does not have. The values that can be recognised as wrong or invented are those of all rows'
-    sources. Values said in words that are not in `SAID` count as missing: on new data sets read some rows first.
+    A source is a linearised prompt, "name : Aromi | eatType : pub", or one of triples, whose relations are the fields.
+    A value is missing if the output does not state it, wrong if the output states another value of its field instead,
+    invented if the output states a value of a field that the source does not have. The values that can be recognised
+    as wrong or invented are those of all rows' sources. Values said in words that are not in `SAID` count as missing:
+    on new data sets read some rows first.
 
     >>> sources = ["name : Aromi | eatType : pub", "name : Zizzi | area : riverside | eatType : cafe"]
     >>> SlotErrors()(["Aromi is a cafe by the river.", "Zizzi is a cafe."], sources)  # wrong, invented, missing of 5
@@ -119,20 +121,6 @@ class SlotErrors(Metric):
     def score(self, sums: Numbers) -> float:
         errors, slots = sums.tolist()
         return 100.0 * errors / slots if slots else 0.0
-
-
-def read_source(source: str) -> dict[str, list[str]]:
-    """The values of each field of a linearised source; fields without a value are left out.
-
-    >>> read_source("name : Aromi | food : Thai | food : Indian | note : ")
-    {'name': ['Aromi'], 'food': ['Thai', 'Indian']}
-    """
-    fields: dict[str, list[str]] = {}
-    for part in source.strip().split(" | "):
-        field, separator, value = part.partition(" : ")
-        if separator and value.strip():
-            fields.setdefault(field.strip(), []).append(value.strip())
-    return fields
 
 
 def slot_verdict(text: str, source: Slots, domain: Slots) -> SlotVerdict:
