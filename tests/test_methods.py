@@ -622,15 +622,21 @@ def test_triggers_are_read_with_every_prompt() -> None:
         ("first", "Do it.\n\na\nA\n\nb\nB\n\nc\n"),
         ("labelled", "Do it.\n\nInput: a\nOutput:\nA\n\nInput: b\nOutput:\nB\n\nInput: c\nOutput:\n"),
         ("last", "a\nDo it.\nA\n\nb\nDo it.\nB\n\nc\nDo it.\n"),
+        (
+            "headed",
+            "### Instruction:\nDo it.\n\n### Input:\na\n\n### Response:\nA\n\n### Input:\nb\n\n### Response:\nB\n\n"
+            "### Input:\nc\n\n### Response:\n",
+        ),
     ],
 )
 def test_prompts_in_context(template: str, expected: str) -> None:
     examples = [Example(x, f"{x}\n", x.upper(), (x.upper(),), 1) for x in "ab"]
     config = config_of("few_shot", shots=2, template=template)
-    prompting = Prompting(tiny_base("llama"), config, examples, "Do it.")
+    base = tiny_base("llama", max_position_embeddings=256)
+    prompting = Prompting(base, config, examples, "Do it.")
     prompting.shots.sort()
     assert prompting.write("c\n", 1) == expected
-    alone = Prompting(tiny_base("llama"), config_of("zero_shot", template=template), examples, "Do it.")
+    alone = Prompting(base, config_of("zero_shot", template=template), examples, "Do it.")
     assert alone.write("c\n", 1) == TEMPLATES[template].format(instruction="Do it.", prompt="c\n")
 
 
@@ -672,6 +678,15 @@ def test_weights_may_be_trained_with_the_instruction() -> None:
     with fitted.tuning.applied() as tuned:
         wanted = tuned.generate(["t1\n" + ToyTask.instruction + "\n"], max_new_tokens=4)
     assert fitted.generate(["t1\n"], max_new_tokens=4) == wanted
+
+
+@pytest.mark.parametrize("method", WRITTEN)
+def test_no_candidate_needs_a_chat_template(method: str) -> None:
+    base = tiny_base("llama", max_position_embeddings=256)
+    assert base.tokenizer.chat_template is None
+    found = list(fit_each(base, TRAIN, DEV, search_space(method), instruction=ToyTask.instruction))
+    losses = {each.metrics["dev_loss"] for each in found if isinstance(each, Fitted)}
+    assert len(losses) == SEARCH_SIZE
 
 
 def test_shots_leave_room_for_what_is_written() -> None:
@@ -716,7 +731,7 @@ def test_every_method_is_tuned_over_as_many_candidates() -> None:
         ({"method": "lora", "rank": 0}, "rank = 0 for method 'lora'; expected at least 1"),
         ({"method": "lora", "rank": "8"}, "rank = '8' for method 'lora'; expected a value like 8"),
         ({"method": "infix", "deep": 1}, "deep = 1 for method 'infix'; expected a value like True"),
-        ({"method": "zero_shot", "template": "x"}, "expected one of first, labelled, last, chat"),
+        ({"method": "zero_shot", "template": "x"}, "expected one of first, labelled, last, headed, chat"),
         ({"method": "zero_shot", "learning_rate": 0.1}, "none: it takes no gradient steps"),
         ({"method": "adapter", "share": 1.5}, "share = 1.5"),
         ({"method": "full", "epochs": 0}, "epochs = 0; expected at least 1"),

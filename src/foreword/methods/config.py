@@ -26,6 +26,7 @@ TEMPLATES: dict[str, str] = {
     "first": "{instruction}\n\n{prompt}",
     "labelled": "{instruction}\n\nInput: {prompt}Output:\n",
     "last": "{prompt}{instruction}\n",
+    "headed": "### Instruction:\n{instruction}\n\n### Input:\n{prompt}\n### Response:\n",  # as in Alpaca, Taori et al. 2023
     "chat": "{instruction}\n\n{prompt}",  # as a user's turn of the tokenizer's chat template
 }
 
@@ -64,6 +65,8 @@ _PARAMETRIZED = {"parametrization": _Option("direct", choices=("direct", "mlp"))
 # is scarce: a prefix starts from the instruction, and so knows it without.
 _INSTRUCTED = {"template": _Option("none", choices=("none", *TEMPLATES))}
 _WRITTEN = {"template": _Option("first", choices=tuple(TEMPLATES))}
+# Many base models have no chat template: it is tried where it is asked for.
+_ALWAYS = tuple(name for name in TEMPLATES if name != "chat")
 
 METHODS: dict[str, Method] = {
     "full": Method("Full fine-tuning", (1e-5, 5e-5, 1e-4, 2e-4), 5e-5, _INSTRUCTED),
@@ -88,7 +91,7 @@ METHODS: dict[str, Method] = {
         options={"length": _Option(5, 1), "candidates": _Option(10, 1), "place": _Option("front", choices=_PLACES)},
         grid=tuple({"length": length, "place": place} for length in (5, 10) for place in _PLACES),
     ),
-    "zero_shot": Method("Zero-shot", options=_WRITTEN, grid=tuple({"template": name} for name in TEMPLATES)),
+    "zero_shot": Method("Zero-shot", options=_WRITTEN, grid=tuple({"template": name} for name in _ALWAYS)),
     "few_shot": Method(
         "Few-shot in context", options={"shots": _Option(4, 1), **_WRITTEN},
         grid=tuple({"shots": shots} for shots in (1, 2, 4, 8)),
