@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.studying import tiny_study, write_study
 
 from foreword.errors import RunError
 from foreword.experiments.comparisons import difference, holm
@@ -116,6 +117,73 @@ def test_verdicts_follow_the_runs(jobs: list[Job], tmp_path: Path) -> None:
 
 def two_places(tmp_path: Path) -> list[Job]:
     return [finished(tmp_path / "t2", label, q, rows=100) for label, q in (("full", 0.9), ("prefix", 0.2))]
+
+
+def edit(job: Job, **values: Any) -> None:
+    """Change a result; None removes a key."""
+    path = Path(job.folder, "result.json")
+    result = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in result.items() if value is not None}))
+
+
+def report(tmp_path: Path, jobs: list[Job], name: str = "s") -> tuple[str, str]:
+    """The page and its Markdown."""
+    study = Study(name, tmp_path, "A study of two.", "m:f", {}, ())
+    page, text = save_report(study, gather(jobs), tmp_path / "report")
+    return page.read_text(), text.read_text()
+
+
+def table(markdown: str, *columns: str) -> list[dict[str, str]]:
+    """The rows of the first table that has these columns."""
+    for block in markdown.split("\n\n"):
+        lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
+        if block.startswith("|") and set(columns) <= set(lines[0]):
+            return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    raise AssertionError(f"no table with {columns}")
+
+
+def test_results_of_any_perform_can_be_reported(jobs: list[Job], tmp_path: Path) -> None:
+    """A function of one's own need not return sizes, times, texts or known metrics."""
+    for job in jobs:
+        Path(job.folder, "texts.jsonl").unlink()
+        unknown = ("nats_per_token", "parameters", "num_bytes", "train_seconds", "inference_seconds", "candidates",
+                   "device", "dtype", "inference_rows")  # fmt: skip
+        edit(job, scores={"test": {"luck": {"value": 3.0}}}, **dict.fromkeys(unknown))
+    _, markdown = report(tmp_path, jobs)
+    for row in table(markdown, "method", "luck"):
+        assert row["luck"] == "3.0 [3.0, 3.0]" and row["parameters"] == row["training s"] == ""
+    for job in jobs:
+        edit(job, scores=None)
+    assert "12 of 12 runs are done" in report(tmp_path, jobs)[1]
+
+
+def test_a_metric_that_one_file_has_is_blank_for_the_others(jobs: list[Job], tmp_path: Path) -> None:
+    score = {"value": 7.0, "low": 6.0, "high": 8.0}
+    for job in jobs:
+        if job.name.startswith("lora"):
+            edit(job, scores={"test": {"rouge_l": score}})
+    _, markdown = report(tmp_path, jobs)
+    rows = {row["method"]: row for row in table(markdown, "exact_match", "rouge_l")}
+    assert rows["LoRA"]["exact_match"] == "" and rows["LoRA"]["rouge_l"] == "7.0 [7.0, 7.0]"
+    assert rows["Full fine-tuning"]["exact_match"] != "" and rows["Full fine-tuning"]["rouge_l"] == ""
+
+
+def test_the_command_reports_real_and_odd_runs(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    real = "".join(f"{key} = {json.dumps(value)}\n" for key, value in tiny_study(tmp_path).items())
+    write_study(
+        tmp_path / "experiments" / "real", real + "rows = 6\nepochs = 1\nlength = 2\n",
+        prefix='method = "prefix"', ptuning2='method = "ptuning2"\nmetrics = "exact_match"',
+    )  # fmt: skip
+    write_study(tmp_path / "experiments" / "odd", "seed = [0, 1]\n", a="method = 'a'", b="method = 'b'")
+    for name in ("odd", "real"):
+        assert run("study", "run", name)[0] == 0
+        status, out, _ = run("study", "report", name, "--to", "docs", "--json")
+        assert status == 0 and json.loads(out.strip().splitlines()[-1])["missing"] == 0
+    markdown = Path("docs/real.md").read_text()
+    rows = {row["method"]: row for row in table(markdown, "bleu", "exact_match", "training s")}
+    assert rows["Prefix-Tuning"]["bleu"] and not rows["P-Tuning v2"]["bleu"] and rows["P-Tuning v2"]["exact_match"]
+    assert "41.5 [40.0, 43.0]" in Path("docs/odd.md").read_text()
 
 
 class Balance(HTMLParser):

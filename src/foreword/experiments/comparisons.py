@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from foreword.errors import RunError
+from foreword.errors import ConfigError, RunError
 from foreword.experiments.results import Cell
-from foreword.metrics import get_metric, number_format
+from foreword.metrics import Metric, get_metric, number_format
 from foreword.metrics.bootstrap import PairedDifference, paired_difference
 
-__all__ = ["Difference", "difference", "holm"]
+__all__ = ["Difference", "difference", "holm", "known_metric", "rises"]
 
 _SAMPLES = 2000
 
@@ -31,22 +31,41 @@ class Difference(NamedTuple):
         return not self.found.low <= 0 <= self.found.high
 
     @property
+    def shown(self) -> str:
+        """The difference with its sign."""
+        return f"{self.found.difference:+{number_format(self.metric)}}"
+
+    @property
     def interval(self) -> str:
         """The ends of the interval in words."""
         form = number_format(self.metric)
         return f"[{self.found.low:+{form}}, {self.found.high:+{form}}]"
 
 
+def known_metric(name: str) -> Metric | None:
+    """The metric of that name, if there is one that needs no model; a function of one's own may have others."""
+    try:
+        return get_metric(name)
+    except ConfigError:
+        return None
+
+
+def rises(metric: str) -> bool:
+    """Whether higher is better, as for a metric that is not known."""
+    known = known_metric(metric)
+    return known is None or known.higher_is_better
+
+
 def difference(first: Cell, second: Cell, test: str, metric: str) -> Difference | None:
-    """How much higher the second cell scores; None where they have no repetition in common.
+    """How much higher the second cell scores; None where they have no repetition in common, or nothing to compare.
 
     Rows are drawn and exchanged with all repetitions of both cells, so that a row counts as one however often it was
     written for.
     """
     common = [each for each in first.results if each in second.results]
-    if not common:
+    scorer = known_metric(metric)
+    if not common or scorer is None or not (first.has_texts and second.has_texts):
         return None
-    scorer = get_metric(metric)
     one: Any = 0.0
     two: Any = 0.0
     for repetition in common:

@@ -55,13 +55,21 @@ def _lengths(results: Results) -> Expectation | None:
     found = []
     for panel in results.panels:
         for label in results.labels:
-            cells = sorted(results.of(panel, label), key=lambda cell: cell.place or 0.0)
-            for test in results.tests(panel) if len(cells) > 2 else []:
+            for test in results.tests(panel):
                 metric = results.metrics(panel, test)[0]
-                best = max(cells[:-1], key=lambda cell: cell.score(test, metric).mean)
+                cells = [cell for cell in results.of(panel, label) if cell.score(test, metric)]
+                cells.sort(key=lambda cell: cell.place or 0.0)
+                if len(cells) < 3:
+                    continue
+                best = max(cells[:-1], key=lambda cell: _mean(cell, test, metric))
                 each = difference(cells[-1], best, test, metric)
                 found += [] if each is None else [each]
     return _said("Beyond some length a longer prefix scores lower.", f"{_SOURCE}, 7.2", found)
+
+
+def _mean(cell: Cell, test: str, metric: str) -> float:
+    score = cell.score(test, metric)
+    return float("-inf") if score is None else score.mean
 
 
 def _words(results: Results) -> Expectation | None:
@@ -83,7 +91,8 @@ def _pairs(
     one, two = _cell(results, panel, first, place), _cell(results, panel, second, place)
     if one is None or two is None:
         return []
-    found = [difference(one, two, test, results.metrics(panel, test)[0]) for test in tests]
+    scored = [(test, results.metrics(panel, test)[0]) for test in tests]
+    found = [difference(one, two, *each) for each in scored if one.score(*each) and two.score(*each)]
     return [each for each in found if each is not None]
 
 

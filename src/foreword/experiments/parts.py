@@ -9,7 +9,7 @@ from foreword.experiments.results import Spread
 from foreword.pages import Cell as TableCell
 from foreword.pages import bullets, escaped, folded, heading, listing, paragraph
 
-__all__ = ["Amount", "Figure", "Heading", "Lines", "Part", "Table", "Text", "Value", "html", "markdown"]
+__all__ = ["Amount", "Figure", "Heading", "Lines", "Part", "Shown", "Table", "Text", "Value", "html", "markdown"]
 
 
 class Heading(NamedTuple):
@@ -45,17 +45,26 @@ class Table(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """A number that is shown with so many decimals, and with its sign if that matters."""
+    """A number that is shown with so many decimals."""
 
     value: float
-    decimals: int
-    signed: bool = False
+    decimals: int = 0
 
     def __str__(self) -> str:
-        return f"{self.value:{'+' if self.signed else ''},.{self.decimals}f}"
+        return f"{self.value:,.{self.decimals}f}"
 
 
-Value = str | int | Amount | Spread
+class Shown(NamedTuple):
+    """A text that is sorted by a number."""
+
+    text: str
+    value: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Value = str | int | Amount | Shown | Spread
 Part = Heading | Text | Lines | Figure | Table
 
 
@@ -77,7 +86,7 @@ def html(part: Part) -> str:
 def _table_cell(value: Value) -> str | int | TableCell:
     if isinstance(value, Spread):
         return TableCell(escaped(value), value.mean)
-    if isinstance(value, Amount):
+    if isinstance(value, Amount | Shown):
         return TableCell(str(value), value.value)
     if isinstance(value, str) and len(value) > 220:
         return TableCell(folded(value), value)

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foreword.charts import Point, Series, chart
-from foreword.experiments.comparisons import Difference, difference, holm
+from foreword.experiments.comparisons import Difference, difference, holm, rises
 from foreword.experiments.expectations import expectations
-from foreword.experiments.parts import Amount, Figure, Heading, Lines, Part, Table, Text, Value, html, markdown
+from foreword.experiments.parts import Amount, Figure, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
 from foreword.experiments.plan import Study
 from foreword.experiments.published import published_for
+from foreword.experiments.records import read_record
 from foreword.experiments.results import Cell, Results, recorded
 from foreword.methods import METHODS
-from foreword.metrics import get_metric
 from foreword.pages import save_page
 from foreword.storage import write_atomic
 
@@ -57,16 +57,25 @@ def _summary(results: Results, done: int) -> list[str]:
         for test in results.tests(panel):
             metric = results.metrics(panel, test)[0]
             for place in results.places(panel):
-                cells = [cell for cell in results.of(panel, place=place) if _has(cell, test)]
-                ranked = sorted(cells, key=lambda cell: cell.score(test, metric).mean, reverse=_rises(metric))
-                told = ", ".join(f"{_name(each)} {_main(each, test, metric)}" for each in ranked[:3])
+                told = ", ".join(_ranked(results.of(panel, place=place), test, metric)[:3])
                 where = "; ".join(filter(None, (panel, "" if test == "test" else test, _at(results, place))))
                 lines.append(f"{where or test}: best {metric} {told}.")
-    counts = sorted({len(each["candidates"]) for cell in results.cells for each in cell.results.values()})
+    counts = sorted(
+        {len(each["candidates"]) for cell in results.cells for each in cell.results.values() if "candidates" in each}
+    )
+    if not counts:
+        return lines
     if counts == [1]:
         return [*lines, "No method was tuned: each has the options of its file."]
     told = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return [*lines, f"Methods were tuned over {told} candidates, by the loss on dev rows."]
+
+
+def _ranked(cells: Sequence[Cell], test: str, metric: str) -> list[str]:
+    """Methods with their mean scores, the best first."""
+    scores = [(cell, score) for cell in cells if (score := cell.score(test, metric)) is not None]
+    scores.sort(key=lambda each: each[1].mean, reverse=rises(metric))
+    return [f"{cell.title} {score.mean:{score.form}}" for cell, score in scores]
 
 
 def _panel(results: Results, panel: str) -> Iterator[Part]:
@@ -75,42 +84,50 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
         yield Heading(f"Scores{f', {title}' if title else ''}")
         metrics = results.metrics(panel, test)
         if len(results.places(panel)) > 1:
-            yield _over_places(results, panel, test, metrics[0])
+            yield from _over_places(results, panel, test, metrics[0])
         for place in results.places(panel):
-            cells = [cell for cell in results.of(panel, place=place) if _has(cell, test)]
-            yield Text(f"{_at(results, place) or 'All rows'}. {_repeated(cells)}.")
-            yield _scores(cells, test, metrics)
+            cells = [cell for cell in results.of(panel, place=place) if any(cell.score(test, each) for each in metrics)]
+            if cells:
+                yield Text(f"{_at(results, place) or 'All rows'}. {_repeated(cells)}.")
+                yield _scores(cells, test, metrics)
         yield from _differences(results, panel, test, metrics[0])
     yield from _costs(results, panel)
 
 
-def _over_places(results: Results, panel: str, test: str, metric: str) -> Figure:
+def _over_places(results: Results, panel: str, test: str, metric: str) -> Iterator[Figure]:
     series = []
     for label in results.labels:
+        cells = results.of(panel, label)
         points = []
-        for cell in results.of(panel, label):
-            if cell.place is not None and _has(cell, test):
-                found = cell.score(test, metric)
-                said = f"{_name(cell)}, {_at(results, cell.place)}: {metric} {found}"
-                points.append(Point(cell.place, found.mean, found.low, found.high, said))
+        for cell in cells:
+            score = cell.score(test, metric)
+            if cell.place is not None and score is not None:
+                said = f"{cell.title}, {_at(results, cell.place)}: {metric} {score}"
+                points.append(Point(cell.place, score.mean, score.low, score.high, said))
         if points:
-            series.append(Series(_titled(label), points))
-    title = f"{metric} over {results.place}"
-    log = min(point.x for each in series for point in each.points) > 0
-    return Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log))
+            series.append(Series(cells[0].title, points))
+    if series:
+        log = min(point.x for each in series for point in each.points) > 0
+        title = f"{metric} over {results.place}"
+        yield Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log))
 
 
 def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
     header = ["method", *metrics, "nats per token", "parameters", "bytes", "training s", "ms a row"]
     rows: list[list[Value]] = []
     for cell in cells:
-        nats = sum(each["nats_per_token"][test] for each in cell.results.values()) / len(cell.results)
-        inference = 1000 * cell.mean("inference_seconds") / cell.mean("inference_rows")
-        scores = [cell.score(test, metric) for metric in metrics]
-        sizes = [round(cell.mean("parameters")), round(cell.mean("num_bytes"))]
-        seconds = Amount(cell.mean("train_seconds"), 0)
-        rows.append([_name(cell), *scores, Amount(nats, 3), *sizes, seconds, Amount(inference, 0)])
+        scores = [cell.score(test, metric) or "" for metric in metrics]
+        numbers = [
+            _amount(cell.mean("nats_per_token", test), 3), _amount(cell.mean("parameters")),
+            _amount(cell.mean("num_bytes")), _amount(cell.mean("train_seconds")), _amount(cell.inference_ms),
+        ]  # fmt: skip
+        rows.append([cell.title, *scores, *numbers])
     return Table(header, rows)
+
+
+def _amount(value: float | None, decimals: int = 0) -> Amount | str:
+    """A number, or a blank where there is none."""
+    return "" if value is None else Amount(value, decimals)
 
 
 def _differences(results: Results, panel: str, test: str, metric: str) -> Iterator[Part]:
@@ -118,16 +135,16 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     reference = _REFERENCE if _REFERENCE in results.labels else results.labels[0]
     found: list[Difference] = []
     for place in results.places(panel):
-        own = next((cell for cell in results.of(panel, reference, place) if _has(cell, test)), None)
-        others = [cell for cell in results.of(panel, place=place) if cell.label != reference and _has(cell, test)]
+        cells = [cell for cell in results.of(panel, place=place) if cell.score(test, metric)]
+        own = next((cell for cell in cells if cell.label == reference), None)
+        others = [cell for cell in cells if cell.label != reference]
         pairs = [difference(own, each, test, metric) for each in others] if own else []
         found += [each for each in pairs if each is not None]
     if not found:
         return
-    digits = get_metric(metric).digits
     corrected = holm([each.found.p_value for each in found])
     yield Text(
-        f"{metric} against {_titled(reference)} on the same rows, samples and seeds: the paired "
+        f"{metric} against {found[0].first.title} on the same rows, samples and seeds: the paired "
         "bootstrap interval over rows (95 %), and p by approximate randomization, corrected by Holm for the "
         f"{len(found)} differences of this table. Neither knows how samples of training rows differ."
     )
@@ -135,9 +152,9 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     for each, p in zip(found, corrected, strict=True):
         rows.append(
             [
-                _name(each.second),
+                each.second.title,
                 _at(results, each.second.place),
-                Amount(each.found.difference, digits, signed=True),
+                Shown(each.shown, each.found.difference),
                 each.interval,
                 Amount(p, 3),
             ]
@@ -148,9 +165,11 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
 def _costs(results: Results, panel: str) -> Iterator[Part]:
     """Score against what a method stores and how long it trains, where most rows are."""
     place = results.places(panel)[-1]
-    test = results.tests(panel)[0]
-    metric = results.metrics(panel, test)[0]
-    cells = [cell for cell in results.of(panel, place=place) if _has(cell, test)]
+    tests = results.tests(panel)
+    if not tests:
+        return
+    metric = results.metrics(panel, tests[0])[0]
+    cells = [(cell, score) for cell in results.of(panel, place=place) if (score := cell.score(tests[0], metric))]
     if len(cells) < 2:
         return
     yield Heading("What it costs")
@@ -159,14 +178,14 @@ def _costs(results: Results, panel: str) -> Iterator[Part]:
         ("train_seconds", "seconds of training", True),
     ):
         series = []
-        for cell in cells:
-            x, found = cell.mean(key), cell.score(test, metric)
-            if x > 0:  # nothing is trained where only prompts are written
-                said = f"{_name(cell)}: {x:,.0f} {label}, {metric} {found}"
-                series.append(Series(_name(cell), [Point(x, found.mean, found.low, found.high, said)]))
+        for cell, found in cells:
+            x = cell.mean(key)
+            if x:  # nothing is trained where only prompts are written
+                said = f"{cell.title}: {x:,.0f} {label}, {metric} {found}"
+                series.append(Series(cell.title, [Point(x, found.mean, found.low, found.high, said)]))
         if len(series) > 1:
             title = f"{metric} against {label}" + (f", {_at(results, place)}" if place is not None else "")
-            front = _rises(metric)
+            front = rises(metric)
             figure = chart(title, series, x_label=label, y_label=metric, log_x=log, joined=False, front=front)
             yield Figure(figure, "The dotted line joins those that no other beats in both." if front else "")
 
@@ -183,7 +202,7 @@ def _expected(results: Results) -> Iterator[Part]:
 
 
 def _published(results: Results) -> Iterator[Part]:
-    tasks = list(dict.fromkeys(str(cell.config["task"]) for cell in results.cells))
+    tasks = list(dict.fromkeys(str(cell.config.get("task", "")) for cell in results.cells))
     for task in tasks:
         found = published_for(task)
         if not found:
@@ -212,15 +231,15 @@ def _revised(value: float | None, other: float | None) -> str:
 def _examples(results: Results) -> Iterator[Part]:
     """What each method wrote for the same rows, spread over the first test."""
     panel = results.panels[0] if results.panels else ""
-    cells = results.of(panel, place=results.places(panel)[-1]) if results.cells else []
-    if not cells:
-        return
-    test = results.tests(panel)[0]
-    common = set.intersection(*(set(cell.results) for cell in cells))
+    tests = results.tests(panel)
+    cells = [cell for cell in results.of(panel, place=results.places(panel)[-1]) if cell.has_texts] if tests else []
+    common = set.intersection(*(set(cell.results) for cell in cells)) if cells else set()
     if not common:
         return
     repetition = min(common, key=str)
-    written = {_name(cell): cell.texts(repetition, test) for cell in cells if _has(cell, test)}
+    written = {cell.title: texts for cell in cells if (texts := cell.texts(repetition, tests[0]))}
+    if not written:
+        return
     count = min(map(len, written.values()))
     chosen = sorted({round(k * (count - 1) / max(1, _EXAMPLES - 1)) for k in range(min(_EXAMPLES, count))})
     yield Heading("What was written")
@@ -246,37 +265,29 @@ def _made(results: Results) -> Iterator[Part]:
         if isinstance(git, dict)
         else f"{len(git)} states of the code"
     )
-    devices = sorted({f"{each['device']}, {each['dtype']}" for cell in results.cells for each in cell.results.values()})
+    made = [each for cell in results.cells for each in cell.results.values()]
+    devices = sorted({", ".join(filter(None, (each.get("device"), each.get("dtype")))) for each in made} - {""})
     versions = known["versions"]
     told = (
         ", ".join(f"{name} {number}" for name, number in versions.items())
         if isinstance(versions, dict)
         else "several versions"
     )
-    yield Lines([f"device {'; '.join(devices)}", told, state, f"report made {time.strftime('%Y-%m-%d %H:%M %Z')}"])
+    device = [f"device {'; '.join(devices)}"] if devices else []
+    yield Lines([*device, told, state, f"report made {time.strftime('%Y-%m-%d %H:%M %Z')}"])
     done = {
         cell.folders[repetition]: result for cell in results.cells for repetition, result in cell.results.items()
     }  # fmt: skip
     rows = []
     for job in results.jobs:
         result = done.get(Path(job.folder))
-        seconds = Amount(result["train_seconds"] + result["inference_seconds"], 0) if result else ""
+        seconds = _amount(read_record(job.folder).get("seconds")) if result else ""
         rows.append([job.name, "done" if result else "missing", seconds, job.command])
     yield Table(["run", "state", "seconds", "command"], rows)
 
 
-def _main(cell: Cell, test: str, metric: str) -> str:
-    found = cell.score(test, metric)
-    return f"{found.mean:{found.form}}"
-
-
-def _name(cell: Cell) -> str:
-    return _titled(cell.label)
-
-
-def _titled(label: str) -> str:
-    """The name of a method in tables, where a study's file is called by one."""
-    return METHODS[label].title if label in METHODS else label
+def _titled(method: str) -> str:
+    return METHODS[method].title if method in METHODS else method
 
 
 def _at(results: Results, place: float | None) -> str:
@@ -288,11 +299,3 @@ def _repeated(cells: Sequence[Cell]) -> str:
     if counts[-1] == 1:
         return "One run each, with its 95 % bootstrap interval over test rows"
     return f"Mean and range over {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} runs (samples and seeds)"
-
-
-def _has(cell: Cell, test: str) -> bool:
-    return all(test in each["scores"] for each in cell.results.values())
-
-
-def _rises(metric: str) -> bool:
-    return get_metric(metric).higher_is_better

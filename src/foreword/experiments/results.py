@@ -14,6 +14,7 @@ from foreword.errors import RunError
 from foreword.experiments.perform import TEXTS
 from foreword.experiments.plan import Value
 from foreword.experiments.records import Job, read_record, read_result
+from foreword.methods import METHODS
 from foreword.metrics import number_format
 
 __all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
@@ -46,17 +47,38 @@ class Cell:
     results: dict[tuple[Value, Value], dict[str, Any]] = field(repr=False)
     folders: dict[tuple[Value, Value], Path] = field(repr=False)
 
-    def score(self, test: str, metric: str) -> Spread:
-        """The score over the repetitions."""
-        found = [each["scores"][test][metric] for each in self.results.values()]
-        values = [each["value"] for each in found]
-        if len(found) == 1:
-            return Spread(values[0], found[0]["low"], found[0]["high"], 1, number_format(metric))
-        return Spread(statistics.fmean(values), min(values), max(values), len(values), number_format(metric))
+    @property
+    def title(self) -> str:
+        """The label with the name of its method, where the study's file is called by one."""
+        stem, _, rest = self.label.partition(" ")
+        return f"{METHODS[stem].title} {rest}".strip() if stem in METHODS else self.label
 
-    def mean(self, key: str) -> float:
-        """The mean of another number of the results."""
-        return statistics.fmean(float(each[key]) for each in self.results.values())
+    def score(self, test: str, metric: str) -> Spread | None:
+        """The score over the repetitions; None unless all of them have it."""
+        found = [_found(each, "scores", test, metric) for each in self.results.values()]
+        values = [each["value"] for each in found if isinstance(each, dict) and _is_number(each.get("value"))]
+        if len(values) < len(found):
+            return None
+        form = number_format(metric)
+        if len(found) == 1:
+            return Spread(values[0], found[0].get("low", values[0]), found[0].get("high", values[0]), 1, form)
+        return Spread(statistics.fmean(values), min(values), max(values), len(values), form)
+
+    def mean(self, *keys: str) -> float | None:
+        """The mean of another number of the results, of one within another by several keys; None unless all have it."""
+        values = [_found(each, *keys) for each in self.results.values()]
+        return statistics.fmean(values) if all(map(_is_number, values)) else None
+
+    @property
+    def inference_ms(self) -> float | None:
+        """Milliseconds to write for a row."""
+        seconds, rows = self.mean("inference_seconds"), self.mean("inference_rows")
+        return 1000 * seconds / rows if seconds is not None and rows else None
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether what was written is kept; a function of one's own may keep none."""
+        return any((folder / TEXTS).exists() for folder in self.folders.values())
 
     def texts(self, repetition: tuple[Value, Value], test: str) -> list[dict[str, Any]]:
         """What was written for the rows of a test. Raises `RunError` for a file that is damaged or missing."""
@@ -103,14 +125,13 @@ class Results:
 
     def tests(self, panel: str) -> list[str]:
         """The tests of a panel, in order."""
-        return list(
-            dict.fromkeys(test for cell in self.of(panel) for each in cell.results.values() for test in each["scores"])
-        )
+        scores = [_found(each, "scores") for cell in self.of(panel) for each in cell.results.values()]
+        return list(dict.fromkeys(test for each in scores if isinstance(each, dict) for test in each))
 
     def metrics(self, panel: str, test: str) -> list[str]:
-        """The metrics of a test, the main one first."""
-        cells = [each["scores"].get(test, {}) for cell in self.of(panel) for each in cell.results.values()]
-        return list(dict.fromkeys(name for scores in cells for name in scores))
+        """The metrics of a test, the main one of the first cell first."""
+        scores = [_found(each, "scores", test) for cell in self.of(panel) for each in cell.results.values()]
+        return list(dict.fromkeys(name for each in scores if isinstance(each, dict) for name in each))
 
 
 def gather(jobs: Iterable[Job]) -> Results:
@@ -151,6 +172,13 @@ def _agreed(values: list[Any]) -> Any:
         if value not in found:
             found.append(value)
     return found[0] if len(found) == 1 else found
+
+
+def _found(values: Any, *keys: str) -> Any:
+    """What stands in a result under these keys, one within the other; None where there is nothing."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def _is_number(value: Any) -> bool:
