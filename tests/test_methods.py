@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tiny import TINY, VOCAB, tiny_base
 from tests.toy import ToyTask
+from tokenizers import processors
 from torch import Tensor
 
 from foreword.base import BaseModel
@@ -705,6 +707,21 @@ def test_a_chat_template_is_the_tokenizers_own() -> None:
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
     prompting = Prompting(base, config_of("zero_shot", template="chat"), [], "Do it.")
     assert prompting.write("c\n", 1) == "<user>Do it.\n\nc<answer>"
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_start_token_of_the_chat_template_is_read_once(adds: bool) -> None:
+    """Some tokenizers write one before every text and their templates another; some only in the template."""
+    base = tiny_base("llama")
+    base._tokenizer = tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}:"
+    if adds:
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    written = Prompting(base, config_of("zero_shot", template="chat"), [], "Do it.").write("c\n", 1)
+    plain = tokenizer("Do it.\n\nc:", add_special_tokens=False)["input_ids"]
+    assert base.encode_prompt(written) == [tokenizer.bos_token_id, *plain]
 
 
 # Configurations

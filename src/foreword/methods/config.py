@@ -26,7 +26,7 @@ TEMPLATES: dict[str, str] = {
     "first": "{instruction}\n\n{prompt}",
     "labelled": "{instruction}\n\nInput: {prompt}Output:\n",
     "last": "{prompt}{instruction}\n",
-    "headed": "### Instruction:\n{instruction}\n\n### Input:\n{prompt}\n### Response:\n",  # as in Alpaca, Taori et al. 2023
+    "headed": "### Instruction:\n{instruction}\n\n### Input:\n{prompt}\n### Response:\n",  # as Alpaca is asked
     "chat": "{instruction}\n\n{prompt}",  # as a user's turn of the tokenizer's chat template
 }
 

@@ -79,10 +79,14 @@ class Prompting:
 
     def _chat(self, written: str) -> str:
         """A user's turn of the tokenizer's chat template, up to where the answer begins."""
-        if getattr(self.base.tokenizer, "chat_template", None) is None:
+        tokenizer = self.base.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
             raise DataError(
                 f"template 'chat' for {self.base.name!r}, whose tokenizer has no chat template", "one that has",
                 "choose another template",
             )  # fmt: skip
         turn = [{"role": "user", "content": written.strip()}]
-        return str(self.base.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        # Many templates write the start token, which `encode_prompt` adds where the tokenizer does.
+        twice = self.base.encode_prompt(text)[:2] == [tokenizer.bos_token_id] * 2
+        return text.removeprefix(tokenizer.bos_token) if twice else text
