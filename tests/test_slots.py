@@ -71,6 +71,17 @@ def test_rated_examples(text: str) -> None:
         ("familyFriendly : yes", "It is not far, but family-friendly.", 0),
         ("familyFriendly : yes", "There is no music and families like it.", 0),
         ("familyFriendly : yes", "It isn't a place for families.", 1),
+        # words that only begin or end like a negation
+        ("familyFriendly : yes", "It is notable family friendly fun.", 0),
+        ("familyFriendly : yes", "It has underpriced family dining.", 0),
+        ("familyFriendly : yes", "It is known to be kid friendly.", 0),
+        ("area : riverside | familyFriendly : yes", "By the river in the north it is family friendly.", 0),
+        ("familyFriendly : yes", "Not only is it child friendly, it is big.", 0),
+        ("familyFriendly : yes", "It welcomes kids but don't expect toys.", 0),
+        ("familyFriendly : no", "It is none family friendly, nonfamily, unfriendly to families.", 0),
+        ("familyFriendly : no", "It doesn’t allow kids.", 0),
+        ("familyFriendly : no", "It is neither big nor family friendly.", 0),
+        ("familyFriendly : no", "Families cannot enter.", 0),
         ("customer rating : high", "The rating is high and the prices are high.", 1),  # a price that is not given
         ("food : Indian | food : French", "French and Indian food.", 0),
         ("food : Indian | food : French", "French food.", 1),

@@ -21,7 +21,10 @@ __all__ = ["SAID", "SlotErrors", "SlotVerdict", "Slots", "slot_verdict"]
 Slots = Mapping[str, Sequence[str]]  # the values of each field
 
 _CHILDREN = r"(?:famil(?:y|ies)|kids?|child(?:ren)?(?:s)?)"
-_NOT = r"(?:not|no|non|un|never|without|\w+n t|unsuitable|discourages?|prohibit(?:s|ed)?)"
+_NOT = (
+    r"(?:not?(?! only)|none?|nor|un(?:able|friendly|suitable)?|never|without|cannot|discourages?|prohibit(?:s|ed)?"
+    r"|(?:is|are|was|were|do|does|did|has|have|had|would|should|could|wo|ca|must|need|ai)n ?t)\b"
+)
 _RATED = r"(?:rat(?:ed?|ings?)|reviews?|scores?|stars?)"
 _POUNDS = r"(?:£|gbp|l)? ?"
 
@@ -39,8 +42,9 @@ def _stars(number: str, word: str) -> str:
 # Patterns by field and value, all in lower case, hyphens as spaces: how a text states the value.
 SAID: dict[str, dict[str, str]] = {
     "familyfriendly": {
-        "no": rf"{_NOT} ?(?:(?!and\b|but\b)\w+ ){{0,5}}{_CHILDREN}|{_CHILDREN} (?:free|(?:un|non )friendly)"
-        rf"|adults? only|only (?:for )?adults|for adults|{_CHILDREN} (?:\w+ ){{0,2}}{_NOT}\b",
+        "no": rf"{_NOT} (?:(?!and\b|but\b)\w+ ){{0,5}}{_CHILDREN}|(?:un|non){_CHILDREN}"
+        rf"|{_CHILDREN} (?:free|(?:un|non )friendly)"
+        rf"|adults? only|only (?:for )?adults|for adults|{_CHILDREN} (?:(?!and\b|but\b)\w+ ){{0,2}}{_NOT}",
         "yes": _CHILDREN,
     },
     "area": {
