@@ -456,6 +456,17 @@ def test_virtual_tokens_with_the_vectors_of_words_are_these_words(model: str, pl
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["infix", "embedding", "prompt_tuning", "p_tuning", "autoprompt", "adapter"])
+def test_embeddings_may_be_narrower_than_the_layers(method: str) -> None:
+    """As in OPT-350m, where a matrix takes the one to the other."""
+    base = tiny_base("opt", word_embed_proj_dim=16, num_hidden_layers=3)
+    fitted = fit_toy(base, method)
+    assert fitted.score(TRAIN.examples) < begun(base, method)
+    if method == "infix":
+        shapes = {name: tuple(tensor.shape) for name, tensor in fitted.tensors().items()}
+        assert shapes == {"vectors": (4, 16), "layers": (2, 4, 32)}
+
+
 def test_infix_stands_between_prompt_and_completion() -> None:
     base = tiny_base("llama")
     tuning = virtual_text(base, [5, 6], "back", deep=True)

@@ -19,6 +19,7 @@ from foreword.base import BaseModel
 from foreword.errors import ConfigError, UnsupportedModel
 from foreword.init import DEFAULT_TEXT, DEFAULT_WORDS
 from foreword.methods.tuning import Tuning, sublayers
+from foreword.prefix import Site
 
 __all__ = ["Extended", "Vectors", "VirtualTokens", "start_vectors", "vocabulary", "word_vectors"]
 
@@ -55,7 +56,7 @@ class Extended(BaseModel):
 
 
 class Vectors(nn.Module):
-    """Vectors `[length, hidden]` that are themselves the parameter."""
+    """Vectors `[length, embedding]` that are themselves the parameter."""
 
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Vectors(nn.Module):
 
 
 class VirtualTokens(Tuning):
-    """Virtual tokens whose vectors `[length, hidden]` a module makes, `front` of the prompt or at its `back`.
+    """Virtual tokens whose vectors `[length, embedding]` a module makes, `front` of the prompt or at its `back`.
 
     With `deep`, vectors `[layers - 1, length, hidden]`, zero to begin with, are added to what enters every layer but
     the first at these tokens, so that their activations are free in all layers. Sources: Prefix-Tuning, arXiv
@@ -93,8 +94,7 @@ class VirtualTokens(Tuning):
         self.layers = [module for _, module in sublayers(base).layers["decoder"]][1:] if deep else []
         self.deltas: nn.Parameter | None = None
         if deep:
-            with torch.no_grad():
-                hidden = vectors().shape[-1]
+            hidden = base.hidden_sizes[Site("decoder", 0)]  # embeddings may be narrower
             self.deltas = nn.Parameter(torch.zeros(len(self.layers), length, hidden, device=base.device))
         self._virtual: Tensor | None = None  # of the running pass: the number of each virtual token, else -1
 
@@ -176,7 +176,7 @@ def vocabulary(base: BaseModel) -> list[int]:
 
 @torch.no_grad()
 def start_vectors(base: BaseModel, length: int, init: str, text: str, seed: int) -> Tensor:
-    """Vectors `[length, hidden]`, float32, to begin with: of a text's tokens, of words, of drawn tokens, or drawn.
+    """Vectors `[length, embedding]`, float32, to begin with: of a text's tokens, of words, of drawn tokens, or drawn.
 
     `text` and `words` repeat until there are enough; `random` has the mean and spread of the word embeddings.
     """
