@@ -52,6 +52,12 @@ def test_names_are_text_and_points_say_what_they_are() -> None:
     assert "<b>" not in html and "two &lt;of&gt; them" in html and "a &amp; b" in html
 
 
+def test_a_hollow_mark_is_drawn_as_a_line() -> None:
+    html = chart("t", [Series("a", [Point(1, 2), Point(2, 3, hollow=True)])], x_label="x", y_label="y")
+    fillings = [each.get("fill") for each in drawn(html).iter("circle")]
+    assert fillings[0] == fillings[2] != "none" and fillings[1] == "none", "the second point; the last is the legend's"
+
+
 def test_what_cannot_be_drawn_is_an_error() -> None:
     with pytest.raises(ConfigError, match="without points"):
         chart("t", [Series("a", [])], x_label="x", y_label="y")

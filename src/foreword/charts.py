@@ -24,13 +24,17 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 
 
 class Point(NamedTuple):
-    """A value at a place, the ends of its interval (None: it has none), and what is said of it."""
+    """A value at a place, the ends of its interval (None: it has none), and what is said of it.
+
+    The mark of a `hollow` point has no filling: there is something about it that the page tells.
+    """
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
     said: str = ""
+    hollow: bool = False
 
 
 class Series(NamedTuple):
@@ -160,15 +164,15 @@ def _drawn(each: Series, place: int, across: Callable[[float], float], upwards: 
         if point.low is not None and point.high is not None:
             ends = f'y1="{upwards(point.low):.1f}" y2="{upwards(point.high):.1f}"'
             parts.append(f'<line stroke="{colour}" stroke-opacity=".55" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
-        parts.append(f"{_mark(x, upwards(point.y), place, colour)}</g>")
+        parts.append(f"{_mark(x, upwards(point.y), place, colour, point.hollow)}</g>")
     y = _TOP + 12 + 19 * place
     parts.append(_mark(_WIDTH - _RIGHT + 18, y - 4, place, colour))
     parts.append(_text(_WIDTH - _RIGHT + 30, y, each.name, "start"))
     return "".join(parts)
 
 
-def _mark(x: float, y: float, place: int, colour: str) -> str:
-    r = 5.0
+def _mark(x: float, y: float, place: int, colour: str, hollow: bool = False) -> str:
+    r, paint = 5.0, f'fill="none" stroke="{colour}" stroke-width="2"' if hollow else f'fill="{colour}"'
     corners = (
         None,
         ((-r, -r), (r, -r), (r, r), (-r, r)),
@@ -177,9 +181,9 @@ def _mark(x: float, y: float, place: int, colour: str) -> str:
         ((0, r * 1.2), (r * 1.1, -r * 0.9), (-r * 1.1, -r * 0.9)),
     )[place % 5]
     if corners is None:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}" fill="{colour}"/>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}" {paint}/>'
     path = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
-    return f'<polygon points="{path}" fill="{colour}"/>'
+    return f'<polygon points="{path}" {paint}/>'
 
 
 def _front(points: Sequence[Point], across: _Axis, upwards: _Axis) -> str:

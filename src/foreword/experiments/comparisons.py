@@ -10,7 +10,7 @@ from foreword.experiments.results import Cell
 from foreword.metrics import Metric, get_metric, number_format
 from foreword.metrics.bootstrap import PairedDifference, paired_difference
 
-__all__ = ["Difference", "difference", "holm", "known_metric", "rises"]
+__all__ = ["Difference", "difference", "holm", "known_metric", "p_text", "rises"]
 
 _SAMPLES = 2000
 
@@ -40,6 +40,15 @@ class Difference(NamedTuple):
         """The ends of the interval in words."""
         form = number_format(self.metric)
         return f"[{self.found.low:+{form}}, {self.found.high:+{form}}]"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value as it is read.
+
+    >>> p_text(0.0004), p_text(0.0125)
+    ('< 0.001', '0.013')
+    """
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def known_metric(name: str) -> Metric | None:

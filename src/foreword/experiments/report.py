@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foreword.charts import Point, Series, chart
-from foreword.experiments.comparisons import Difference, difference, holm, rises
+from foreword.experiments.comparisons import Difference, difference, holm, p_text, rises
 from foreword.experiments.expectations import expectations
 from foreword.experiments.parts import Amount, Figure, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
 from foreword.experiments.plan import Study
@@ -58,8 +58,11 @@ def _summary(results: Results, done: int) -> list[str]:
             metric = results.metrics(panel, test)[0]
             for place in results.places(panel):
                 told = ", ".join(_ranked(results.of(panel, place=place), test, metric)[:3])
-                where = "; ".join(filter(None, (panel, "" if test == "test" else test, _at(results, place))))
-                lines.append(f"{where or test}: best {metric} {told}.")
+                where = "; ".join(filter(None, (panel, "" if test == "test" else test, _at(results, place)))) or test
+                if results.comparable(panel, place):
+                    lines.append(f"{where}: best {metric} {told}.")
+                else:
+                    lines.append(f"{where}: not ranked, for its methods have no samples and seeds in common.")
     counts = sorted(
         {len(each["candidates"]) for cell in results.cells for each in cell.results.values() if "candidates" in each}
     )
@@ -88,7 +91,9 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
         for place in results.places(panel):
             cells = [cell for cell in results.of(panel, place=place) if any(cell.score(test, each) for each in metrics)]
             if cells:
-                yield Text(f"{_at(results, place) or 'All rows'}. {_repeated(cells)}.")
+                yield Text(
+                    f"{_at(results, place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}."
+                )
                 yield _scores(cells, test, metrics)
         yield from _differences(results, panel, test, metrics[0])
     yield from _costs(results, panel)
@@ -103,17 +108,18 @@ def _over_places(results: Results, panel: str, test: str, metric: str) -> Iterat
             score = cell.score(test, metric)
             if cell.place is not None and score is not None:
                 said = f"{cell.title}, {_at(results, cell.place)}: {metric} {score}"
-                points.append(Point(cell.place, score.mean, score.low, score.high, said))
+                points.append(Point(cell.place, score.mean, score.low, score.high, said, hollow=not cell.whole))
         if points:
             series.append(Series(cells[0].title, points))
     if series:
         log = min(point.x for each in series for point in each.points) > 0
         title = f"{metric} over {results.place}"
-        yield Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log))
+        note = "Hollow marks: not all planned runs." if any(p.hollow for each in series for p in each.points) else ""
+        yield Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log), note)
 
 
 def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
-    header = ["method", *metrics, "nats per token", "parameters", "bytes", "training s", "ms a row"]
+    header = ["method", "runs", *metrics, "nats per token", "parameters", "bytes", "training s", "ms a row"]
     rows: list[list[Value]] = []
     for cell in cells:
         scores = [cell.score(test, metric) or "" for metric in metrics]
@@ -121,7 +127,8 @@ def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
             _amount(cell.mean("nats_per_token", test), 3), _amount(cell.mean("parameters")),
             _amount(cell.mean("num_bytes")), _amount(cell.mean("train_seconds")), _amount(cell.inference_ms),
         ]  # fmt: skip
-        rows.append([cell.title, *scores, *numbers])
+        runs = f"{len(cell.results)} of {len(cell.planned)}" if not cell.whole else str(len(cell.results))
+        rows.append([cell.title, Shown(runs, len(cell.results)), *scores, *numbers])
     return Table(header, rows)
 
 
@@ -150,16 +157,11 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     )
     rows: list[list[Value]] = []
     for each, p in zip(found, corrected, strict=True):
+        shown = Shown(each.shown, each.found.difference)
         rows.append(
-            [
-                each.second.title,
-                _at(results, each.second.place),
-                Shown(each.shown, each.found.difference),
-                each.interval,
-                Amount(p, 3),
-            ]
+            [each.second.title, _at(results, each.second.place), each.runs, shown, each.interval, Shown(p_text(p), p)]
         )
-    yield Table(["method", results.place or "", "difference", "interval", "p (Holm)"], rows)
+    yield Table(["method", results.place or "", "runs", "difference", "interval", "p (Holm)"], rows)
 
 
 def _costs(results: Results, panel: str) -> Iterator[Part]:
@@ -294,8 +296,19 @@ def _at(results: Results, place: float | None) -> str:
     return "" if place is None else f"{place:g} {results.place}"
 
 
-def _repeated(cells: Sequence[Cell]) -> str:
+def _repeated(cells: Sequence[Cell], comparable: bool) -> str:
+    """What a figure of these cells is over."""
     counts = sorted({len(cell.results) for cell in cells})
+    told = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    if not comparable:
+        return f"Means and ranges over {told} runs of different samples and seeds: not to be compared"
+    common = (
+        ""
+        if all(cell.whole for cell in cells)
+        else (f" the {told} of {max(len(cell.planned) for cell in cells)} that all methods here have,")
+    )
     if counts[-1] == 1:
-        return "One run each, with its 95 % bootstrap interval over test rows"
-    return f"Mean and range over {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} runs (samples and seeds)"
+        return f"One run each,{common} with its 95 % bootstrap interval over test rows"
+    if common:
+        return f"Mean and range over {common.removeprefix(' the ').removesuffix(',')} (samples and seeds)"
+    return f"Mean and range over {told} runs (samples and seeds)"

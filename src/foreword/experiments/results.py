@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from foreword.errors import RunError
 from foreword.experiments.perform import TEXTS
@@ -18,6 +18,8 @@ from foreword.methods import METHODS
 from foreword.metrics import number_format
 
 __all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
+
+Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
 _REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
 _PLACES = ("rows", "fraction", "length", "share", "rank")  # what a study is drawn over, the first that differs
@@ -38,14 +40,23 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their sample and seed only; `results` and `folders` go by these two."""
+    """Runs that differ in their sample and seed only; `results` and `folders` go by these two.
+
+    `planned` are the repetitions that the study asks for, done or not.
+    """
 
     panel: str
     label: str
     place: float | None
     config: dict[str, Value]
-    results: dict[tuple[Value, Value], dict[str, Any]] = field(repr=False)
-    folders: dict[tuple[Value, Value], Path] = field(repr=False)
+    planned: frozenset[Repetition] = field(repr=False)
+    results: dict[Repetition, dict[str, Any]] = field(repr=False)
+    folders: dict[Repetition, Path] = field(repr=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all planned repetitions are here."""
+        return self.planned <= self.results.keys()
 
     @property
     def title(self) -> str:
@@ -78,9 +89,9 @@ class Cell:
     @property
     def has_texts(self) -> bool:
         """Whether what was written is kept; a function of one's own may keep none."""
-        return any((folder / TEXTS).exists() for folder in self.folders.values())
+        return any((self.folders[each] / TEXTS).exists() for each in self.results)
 
-    def texts(self, repetition: tuple[Value, Value], test: str) -> list[dict[str, Any]]:
+    def texts(self, repetition: Repetition, test: str) -> list[dict[str, Any]]:
         """What was written for the rows of a test. Raises `RunError` for a file that is damaged or missing."""
         path = self.folders[repetition] / TEXTS
         try:
@@ -94,7 +105,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """The cells of a study, and the jobs without a result; `place` names what cells are drawn over, "" for nothing."""
+    """The cells of a study, and the jobs without a result; `place` names what cells are drawn over, "" for nothing.
+
+    Cells at one place of a panel are over the same samples and seeds: those that none of them still lacks.
+    """
 
     cells: tuple[Cell, ...]
     missing: tuple[Job, ...]
@@ -123,6 +137,11 @@ class Results:
         found = {cell.place for cell in self.of(panel)}
         return sorted(found, key=lambda place: -1.0 if place is None else place)
 
+    def comparable(self, panel: str, place: float | None) -> bool:
+        """Whether the cells at a place are over the same repetitions, as far as these are planned for them."""
+        cells = [cell for cell in self.of(panel) if cell.place == place]
+        return not any(_lacking(cells) & cell.results.keys() for cell in cells)
+
     def tests(self, panel: str) -> list[str]:
         """The tests of a panel, in order."""
         scores = [_found(each, "scores") for cell in self.of(panel) for each in cell.results.values()]
@@ -141,21 +160,55 @@ def gather(jobs: Iterable[Job]) -> Results:
     differing = dict.fromkeys(key for keys in axes.values() for key in keys if key not in _REPEATED)
     numeric = [key for key in differing if all(_is_number(job.config.get(key)) for job in jobs)]
     place = next((key for key in (*_PLACES, *numeric) if key in numeric), "")
-    cells: dict[tuple[str, str, float | None], Cell] = {}
-    missing = []
+    groups: dict[tuple[str, str, float | None], list[Job]] = {}
     for job in jobs:
-        result = read_result(job.folder)
-        if result is None:
-            missing.append(job)
-            continue
         others = [key for key in axes[job.name] if key not in (*_REPEATED, "task", place)]
         label = " ".join([job.name.partition(",")[0], *(f"{key} {job.config[key]}" for key in others)])
         panel = str(job.config["task"]) if "task" in axes[job.name] else ""
         where = float(job.config[place]) if place else None
-        cell = cells.setdefault((panel, label, where), Cell(panel, label, where, job.config, {}, {}))
-        repetition = (job.config.get("sample", 0), job.config.get("seed", 0))
-        cell.results[repetition], cell.folders[repetition] = result, Path(job.folder)
-    return Results(tuple(cells.values()), tuple(missing), jobs, place)
+        groups.setdefault((panel, label, where), []).append(job)
+    found = {job.name: result for job in jobs if (result := read_result(job.folder)) is not None}
+    cells = [_cell(*key, group, found) for key, group in groups.items() if any(job.name in found for job in group)]
+    missing = tuple(job for job in jobs if job.name not in found)
+    return Results(tuple(_over_the_same(cells)), missing, jobs, place)
+
+
+def _cell(
+    panel: str, label: str, place: float | None, jobs: Sequence[Job], found: Mapping[str, dict[str, Any]]
+) -> Cell:
+    by_repetition = {(job.config.get("sample", 0), job.config.get("seed", 0)): job for job in jobs}
+    done = {repetition: job for repetition, job in by_repetition.items() if job.name in found}
+    return Cell(
+        panel, label, place, jobs[0].config, frozenset(by_repetition),
+        {repetition: found[job.name] for repetition, job in done.items()},
+        {repetition: Path(job.folder) for repetition, job in done.items()},
+    )  # fmt: skip
+
+
+def _over_the_same(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells at each place of a panel over the repetitions that none of them lacks.
+
+    Where that would leave nothing of one, they stay as they are and are not `comparable`.
+    """
+    groups: dict[tuple[str, float | None], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.panel, cell.place), []).append(cell)
+    kept: dict[int, Cell] = {}
+    for group in groups.values():
+        lacking = _lacking(group)
+        if all(cell.results.keys() - lacking for cell in group):
+            kept.update({id(cell): _without(cell, lacking) for cell in group})
+    return [kept.get(id(cell), cell) for cell in cells]
+
+
+def _lacking(cells: Iterable[Cell]) -> set[Repetition]:
+    """The repetitions that some cell still lacks of those that are planned for it."""
+    return {each for cell in cells for each in cell.planned - cell.results.keys()}
+
+
+def _without(cell: Cell, repetitions: set[Repetition]) -> Cell:
+    results = {each: result for each, result in cell.results.items() if each not in repetitions}
+    return replace(cell, results=results)
 
 
 def recorded(results: Results) -> dict[str, Any]:
