@@ -25,6 +25,7 @@ from foreword.methods.adapters import AdapterTuning, bottleneck_size
 from foreword.methods.fitted import FittedPrefix, FittedTuning
 from foreword.methods.loop import measure, train_weights
 from foreword.methods.prompting import Prompting
+from foreword.methods.through_peft import seeded
 from foreword.methods.triggers import TriggerSearch
 from foreword.methods.tuning import sublayers
 from foreword.methods.virtual import Extended, Vectors, VirtualTokens, vocabulary, word_vectors
@@ -526,6 +527,30 @@ def test_prompt_tuning_from_the_instruction_starts_as_peft_starts_from_a_text(tm
     wanted = peft.PromptEmbedding(settings, word_vectors(base)).embedding.weight.detach()
     fitted = fit_toy(base, "prompt_tuning", init="text", length=length, max_steps=1, learning_rate=1e-12)
     torch.testing.assert_close(fitted.tensors()["vectors"], wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "p_tuning"])
+def test_on_a_gpu_the_callers_random_state_is_not_touched(method: str) -> None:
+    base = tiny_base("llama")
+    base.model.cuda()
+    torch.rand(3, device="cuda")
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    fit_toy(base, method, epochs=1)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
+
+
+def test_what_is_drawn_for_peft_restores_the_device_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, forked = tiny_base("llama"), list[Any]()
+    original = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (forked.append(devices), original(devices=[]))[1])
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        monkeypatch.setattr(BaseModel, "device", device)
+        with seeded(base, 0):
+            pass
+    assert forked == [[], [torch.device("cuda", 1)]]
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])

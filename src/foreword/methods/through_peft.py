@@ -21,7 +21,7 @@ from foreword.methods.tuning import Tuning
 from foreword.methods.virtual import VirtualTokens, start_vectors, word_vectors
 from foreword.optional import optional
 
-__all__ = ["LoraTuning", "p_tuning", "prompt_tuning"]
+__all__ = ["LoraTuning", "p_tuning", "prompt_tuning", "seeded"]
 
 
 class LoraTuning(Tuning):
@@ -45,7 +45,7 @@ class LoraTuning(Tuning):
             r=options["rank"], lora_alpha=options["alpha"], lora_dropout=0.0, fan_in_fan_out=conv,
             target_modules=None if options["targets"] == "default" else "all-linear",
         )  # fmt: skip
-        with _seeded(self.config.seed):
+        with seeded(self.base, self.config.seed):
             try:
                 tuner = self.peft.LoraModel(model, settings, "default")
             except ValueError as error:
@@ -75,7 +75,7 @@ def prompt_tuning(base: BaseModel, config: MethodConfig, instruction: str) -> Vi
     peft, length, init = optional("peft", "peft"), config.options["length"], config.options["init"]
     drawn = "SAMPLE_VOCAB" if init == "vocab" else "RANDOM"
     settings = peft.PromptTuningConfig(**_shape(base, length), prompt_tuning_init=drawn)
-    with _seeded(config.seed):
+    with seeded(base, config.seed):
         encoder = peft.PromptEmbedding(settings, word_vectors(base))
     if init == "text":  # as PEFT's TEXT, which would load the tokenizer once more, by its name
         encoder.embedding.weight.data = start_vectors(base, length, init, instruction, config.seed)
@@ -92,7 +92,7 @@ def p_tuning(base: BaseModel, config: MethodConfig) -> VirtualTokens:
         **_shape(base, options["length"]), encoder_hidden_size=options["hidden_size"],
         encoder_reparameterization_type=options["encoder"].upper(),
     )  # fmt: skip
-    with _seeded(config.seed):
+    with seeded(base, config.seed):
         encoder = peft.PromptEncoder(settings)
     return VirtualTokens(base, _Encoded(encoder, options["length"]), options["length"])
 
@@ -118,8 +118,9 @@ def _shape(base: BaseModel, length: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside, what PEFT draws depends on the seed; the random state of the caller is not touched."""
-    with torch.random.fork_rng(devices=[]):
+def seeded(base: BaseModel, seed: int) -> Iterator[None]:
+    """Inside, what PEFT draws for a base depends on the seed; the random state of the caller is not touched."""
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
