@@ -152,6 +152,7 @@ def test_methods_are_compared_over_the_repetitions_that_all_have(jobs: list[Job]
     html, markdown = report(tmp_path, jobs)
     assert "50 rows. One run each, the 1 of 2 that all methods here have" in markdown
     assert "11 of 12 runs are done" in markdown
+    assert [row["state"] for row in table(markdown, "run", "state")].count("done") == 11
     runs = {(row["method"], row["rows"]): row["runs"] for row in table(markdown, "difference", "runs")}
     assert runs["LoRA", "50 rows"] == "1" and runs["LoRA", "100 rows"] == "2"
     assert html.count('stroke-width="2"/>') == 3, "three marks of the first chart are hollow"
@@ -177,6 +178,36 @@ def test_methods_that_plan_fewer_repetitions_are_whole(jobs: list[Job], tmp_path
     assert {cell.label: len(cell.results) for cell in results.of("", place=50.0)} == {
         "full": 2, "prefix": 2, "lora": 2, "zero_shot": 1,
     }  # fmt: skip
+
+
+def test_the_time_of_all_candidates_stands_beside_that_of_the_chosen_one(jobs: list[Job], tmp_path: Path) -> None:
+    for job in jobs:
+        edit(job, tuning_seconds=44.0)
+    _, markdown = report(tmp_path, jobs)
+    assert {(row["training s"], row["tuning s"]) for row in table(markdown, "tuning s")} == {("10", "44")}
+    assert "Prefixes that were tuned together share their time" in markdown
+    for job in jobs:
+        edit(job, candidates=[{}])
+    _, markdown = report(tmp_path, jobs)
+    assert "tuning s" not in markdown and "share their time" not in markdown
+
+
+def test_the_page_says_what_the_runs_were_made_on(jobs: list[Job], tmp_path: Path) -> None:
+    for number, job in enumerate(jobs):
+        path = Path(job.folder, "run.json")
+        attempts = [{"started": f"2026-11-26T0{number % 3}:00:00+0000", "seconds": 600.0, "status": "done"}]
+        record = {**json.loads(path.read_text()), "seconds": 600.0, "attempts": attempts, "threads": 2}
+        path.write_text(json.dumps(record))
+    _, markdown = report(tmp_path, jobs)
+    for told in (
+        "machine: m", "2 threads", "device: cpu, float32", "12 runs took 2 h 00 min",
+        "from 2026-11-26T00:00:00+0000 to 2026-11-26T02:10:00+0000",
+    ):  # fmt: skip
+        assert told in markdown, told
+    one = Path(jobs[0].folder, "run.json")
+    one.write_text(json.dumps({**json.loads(one.read_text()), "machine": "n", "threads": 1}))
+    _, markdown = report(tmp_path, jobs)
+    assert "machine: n; m" in markdown and "1; 2 threads" in markdown
 
 
 def test_results_of_any_perform_can_be_reported(jobs: list[Job], tmp_path: Path) -> None:

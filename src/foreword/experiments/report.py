@@ -7,7 +7,7 @@ and the most of them; a single run has the bootstrap interval over its test rows
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from foreword.charts import Point, Series, chart
@@ -63,9 +63,7 @@ def _summary(results: Results, done: int) -> list[str]:
                     lines.append(f"{where}: best {metric} {told}.")
                 else:
                     lines.append(f"{where}: not ranked, for its methods have no samples and seeds in common.")
-    counts = sorted(
-        {len(each["candidates"]) for cell in results.cells for each in cell.results.values() if "candidates" in each}
-    )
+    counts = sorted({cell.candidates for cell in results.cells} - {0})
     if not counts:
         return lines
     if counts == [1]:
@@ -94,7 +92,7 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
                 yield Text(
                     f"{_at(results, place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}."
                 )
-                yield _scores(cells, test, metrics)
+                yield from _scores(cells, test, metrics)
         yield from _differences(results, panel, test, metrics[0])
     yield from _costs(results, panel)
 
@@ -118,18 +116,28 @@ def _over_places(results: Results, panel: str, test: str, metric: str) -> Iterat
         yield Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log), note)
 
 
-def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
-    header = ["method", "runs", *metrics, "nats per token", "parameters", "bytes", "training s", "ms a row"]
+def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Iterator[Part]:
+    """The cells of a place, with their scores, sizes and times."""
+    tuned = any(cell.candidates > 1 for cell in cells)
+    numbers: dict[str, Callable[[Cell], Amount | str]] = {
+        "nats per token": lambda cell: _amount(cell.mean("nats_per_token", test), 3),
+        "parameters": lambda cell: _amount(cell.mean("parameters")),
+        "bytes": lambda cell: _amount(cell.mean("num_bytes")),
+        "training s": lambda cell: _amount(cell.mean("train_seconds")),
+        **({"tuning s": lambda cell: _amount(cell.mean("tuning_seconds"))} if tuned else {}),
+        "ms a row": lambda cell: _amount(cell.inference_ms),
+    }
     rows: list[list[Value]] = []
     for cell in cells:
         scores = [cell.score(test, metric) or "" for metric in metrics]
-        numbers = [
-            _amount(cell.mean("nats_per_token", test), 3), _amount(cell.mean("parameters")),
-            _amount(cell.mean("num_bytes")), _amount(cell.mean("train_seconds")), _amount(cell.inference_ms),
-        ]  # fmt: skip
-        runs = f"{len(cell.results)} of {len(cell.planned)}" if not cell.whole else str(len(cell.results))
-        rows.append([cell.title, Shown(runs, len(cell.results)), *scores, *numbers])
-    return Table(header, rows)
+        runs = Shown(str(len(cell.results)) + ("" if cell.whole else f" of {len(cell.planned)}"), len(cell.results))
+        rows.append([cell.title, runs, *scores, *(number(cell) for number in numbers.values())])
+    yield Table(["method", "runs", *metrics, *numbers], rows)
+    if tuned:
+        yield Text(
+            "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes that "
+            "were tuned together share their time: each has the part that its tokens are of all."
+        )
 
 
 def _amount(value: float | None, decimals: int = 0) -> Amount | str:
@@ -260,32 +268,26 @@ def _examples(results: Results) -> Iterator[Part]:
 def _made(results: Results) -> Iterator[Part]:
     """Every run with its command, and what they have in common."""
     yield Heading("How it was made")
-    known = recorded(results)
-    git = known["git"] or {}
-    state = (
-        f"commit {git.get('commit', '?')[:12]}{', with changes' if git.get('dirty') else ''}"
-        if isinstance(git, dict)
-        else f"{len(git)} states of the code"
-    )
-    made = [each for cell in results.cells for each in cell.results.values()]
-    devices = sorted({", ".join(filter(None, (each.get("device"), each.get("dtype")))) for each in made} - {""})
-    versions = known["versions"]
-    told = (
-        ", ".join(f"{name} {number}" for name, number in versions.items())
-        if isinstance(versions, dict)
-        else "several versions"
-    )
-    device = [f"device {'; '.join(devices)}"] if devices else []
-    yield Lines([*device, told, state, f"report made {time.strftime('%Y-%m-%d %H:%M %Z')}"])
-    done = {
-        cell.folders[repetition]: result for cell in results.cells for repetition, result in cell.results.items()
-    }  # fmt: skip
-    rows = []
+    yield Lines([*_circumstances(results), f"report made {time.strftime('%Y-%m-%d %H:%M %Z')}"])
+    missing = {job.name for job in results.missing}
+    rows: list[list[Value]] = []
     for job in results.jobs:
-        result = done.get(Path(job.folder))
-        seconds = _amount(read_record(job.folder).get("seconds")) if result else ""
-        rows.append([job.name, "done" if result else "missing", seconds, job.command])
+        seconds = "" if job.name in missing else _amount(read_record(job.folder).get("seconds"))
+        rows.append([job.name, "missing" if job.name in missing else "done", seconds, job.command])
     yield Table(["run", "state", "seconds", "command"], rows)
+
+
+def _circumstances(results: Results) -> list[str]:
+    """What the runs were made on and with, and how long they took."""
+    known = recorded(results)
+    lines = [f"{name}: {'; '.join(known[name])}" for name in ("machine", "device") if known[name]]
+    lines += [f"{'; '.join(known['threads'])} threads for each run"] if known["threads"] else []
+    seconds, starts, ends = known["seconds"], known["starts"], known["ends"]
+    if seconds:
+        minutes = round(sum(seconds) / 60)
+        when = f", from {min(starts)} to {max(ends)}" if starts and ends else ""
+        lines.append(f"{len(seconds)} runs took {minutes // 60} h {minutes % 60:02} min{when}")
+    return [*lines, *known["versions"], *known["code"]]
 
 
 def _titled(method: str) -> str:

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -21,6 +22,7 @@ __all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
 
 Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
+_TIME = "%Y-%m-%dT%H:%M:%S%z"  # as records have it
 _REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
 _PLACES = ("rows", "fraction", "length", "share", "rank")  # what a study is drawn over, the first that differs
 
@@ -79,6 +81,11 @@ class Cell:
         """The mean of another number of the results, of one within another by several keys; None unless all have it."""
         values = [_found(each, *keys) for each in self.results.values()]
         return statistics.fmean(values) if all(map(_is_number, values)) else None
+
+    @property
+    def candidates(self) -> int:
+        """The most candidates that a run chose from; 0 where none says so."""
+        return max((len(each.get("candidates", ())) for each in self.results.values()), default=0)
 
     @property
     def inference_ms(self) -> float | None:
@@ -211,20 +218,45 @@ def _without(cell: Cell, repetitions: set[Repetition]) -> Cell:
     return replace(cell, results=results)
 
 
-def recorded(results: Results) -> dict[str, Any]:
-    """What is common to the records of all runs that are done: versions, machine, code, commit."""
-    records = [read_record(job.folder) for job in results.jobs if job not in results.missing]
-    keys = ("versions", "machine", "code", "git")
-    return {key: _agreed([record.get(key) for record in records]) for key in keys}
+def recorded(results: Results) -> dict[str, list[Any]]:
+    """What the records of all runs that are done say: each different value once, but for the times, one of each run.
+
+    Machines, devices with their precision, threads, versions and states of the code in words; seconds; starts and ends.
+    """
+    done = [job for job in results.jobs if job not in results.missing]
+    records = [read_record(job.folder) for job in done]
+    found = [read_result(job.folder) or {} for job in done]
+    attempts = [each for record in records for each in record.get("attempts", []) if each.get("status") == "done"]
+    versions = [record.get("versions", {}) for record in records]
+    threads = [record.get("threads", result.get("threads")) for record, result in zip(records, found, strict=True)]
+    return {
+        "machine": _different(record.get("machine") for record in records),
+        "device": _different(", ".join(filter(None, (each.get("device"), each.get("dtype")))) for each in found),
+        "threads": _different(threads),
+        "versions": _different(", ".join(f"{name} {number}" for name, number in each.items()) for each in versions),
+        "code": _different(_state(record.get("git")) for record in records),
+        "seconds": [record["seconds"] for record in records if _is_number(record.get("seconds"))],
+        "starts": [each["started"] for each in attempts if "started" in each],
+        "ends": [end for each in attempts if (end := _end(each)) is not None],
+    }
 
 
-def _agreed(values: list[Any]) -> Any:
-    """The value that all have; else all of them, each once."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found[0] if len(found) == 1 else found
+def _different(values: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values if value))
+
+
+def _state(git: dict[str, Any] | None) -> str:
+    """The commit in words; "" where there was no checkout."""
+    return f"commit {git.get('commit', '?')[:12]}{', with changes' if git.get('dirty') else ''}" if git else ""
+
+
+def _end(attempt: Mapping[str, Any]) -> str | None:
+    """When an attempt ended, written as its start is."""
+    try:
+        start = datetime.strptime(attempt["started"], _TIME)
+        return (start + timedelta(seconds=attempt["seconds"])).strftime(_TIME)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _found(values: Any, *keys: str) -> Any:
