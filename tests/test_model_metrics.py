@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foreword.errors import ConfigError, ModelNotFound
-from foreword.metrics import get_metric, list_model_metrics, metric_names
+from foreword.metrics import METRIC_SETS, get_metric, list_model_metrics, metric_names
 from foreword.model_metrics import BertScore, MoverScore, movers_distance
 from tiny import save_tiny
 
@@ -130,7 +132,7 @@ def test_long_texts_are_cut(kind: type[BertScore] | type[MoverScore], encoder: s
 
 
 def test_names_with_a_model(encoder: str) -> None:
-    assert list_model_metrics() == ["bertscore:MODEL", "moverscore:MODEL", "bleurt:MODEL"]
+    assert list_model_metrics() == ["bertscore:MODEL", "moverscore:MODEL"]
     assert get_metric(f"moverscore:{encoder}") is get_metric(f"moverscore:{encoder}")
     assert get_metric(f"moverscore:{encoder}").name == f"moverscore:{encoder}"
     assert metric_names(["bleu", f"bertscore:{encoder}", "bleu"]) == ("bleu", f"bertscore:{encoder}")
@@ -138,8 +140,21 @@ def test_names_with_a_model(encoder: str) -> None:
         metric_names(["bertscore:"])
     with pytest.raises(ConfigError, match="or a set: e2e, webnlg"):
         metric_names(["blue"])
-    with pytest.raises(ConfigError, match="metric 'bleurt:x'.*google-research/bleurt"):
-        get_metric("bleurt:x")
+    for refuse in (get_metric, lambda name: metric_names([name])):
+        with pytest.raises(ConfigError, match="metric 'bleurt:x'.*google-research/bleurt"):
+            refuse("bleurt:x")
+
+
+def test_names_with_a_model_are_known_to_whoever_imports_the_metrics_alone() -> None:
+    code = """
+import sys
+from foreword.metrics import METRIC_SETS, get_metric, metric_names
+print(*metric_names(["e2e", "bertscore:minilm", "moverscore:x"]), "torch" in sys.modules)
+print(get_metric("bertscore:minilm").name, get_metric("moverscore:x").name)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    names = [*METRIC_SETS["e2e"], "bertscore:minilm", "moverscore:x"]
+    assert found.split() == [*names, "False", "bertscore:minilm", "moverscore:x"]
 
 
 @pytest.mark.parametrize("kind", ["bertscore", "moverscore"])

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import foreword.model_metrics  # noqa: F401  so that `get_metric` knows the metrics that need a model
 from foreword.base import BaseModel
 from foreword.data import Rows, ordered_batches
 from foreword.errors import ConfigError, DataError, PrefixError

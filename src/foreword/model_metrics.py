@@ -1,8 +1,7 @@
 """Metrics that read texts with a model: BERTScore and MoverScore.
 
 `get_metric("bertscore:MODEL")` and `get_metric("moverscore:MODEL")` take an encoder: `minilm`, a folder or a Hugging
-Face id. What they give depends on the model: only scores by one model compare. BLEURT is refused: no package that is
-kept up reads its checkpoints.
+Face id. What they give depends on the model: only scores by one model compare.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ import numpy as np
 import torch
 import transformers
 
-from foreword.errors import ConfigError, ModelNotFound
-from foreword.metrics import Metric, register_model_metric
+from foreword.errors import ModelNotFound
 from foreword.metrics.metric import Mean, Numbers, Targets
 from foreword.optional import optional
 from foreword.packaged import ensure_packaged, packaged_models
@@ -166,13 +164,6 @@ class _Encoder:
         return states[kept], weights / max(1e-30, weights.sum())
 
 
-def _bleurt(model: str) -> Metric:
-    raise ConfigError(
-        f"metric 'bleurt:{model}'", "a metric that can be computed here",
-        "no package that is kept up reads BLEURT's checkpoints: score the texts of --out with google-research/bleurt",
-    )  # fmt: skip
-
-
 def _max_tokens(tokenizer: Any, config: Any) -> int:
     """How many tokens of a text a model reads."""
     return min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", None) or 10**9)
@@ -192,8 +183,3 @@ def _load(kind: Any, model: str) -> Any:
 def _source(model: str) -> str:
     """Where a model is loaded from."""
     return str(ensure_packaged(model)) if model in packaged_models() else model
-
-
-register_model_metric("bertscore", BertScore)
-register_model_metric("moverscore", MoverScore)
-register_model_metric("bleurt", _bleurt)
