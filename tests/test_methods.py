@@ -349,6 +349,31 @@ def test_the_loop_trains_as_prefixes_are_trained(micro_batch_size: int) -> None:
         assert (tensors.keys - ours.prefix.sites[site].keys).abs().max() < 1e-5, site
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, {}) for method in TRAINED), *(("adapter", {"template": name}) for name in TEMPLATES if name != "chat")],
+)
+def test_all_methods_train_on_the_same_rows_in_the_same_batches(
+    method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they write around a prompt, which makes rows longer."""
+    batches: list[set[tuple[int, ...]]] = []
+    original = BaseModel.completion_logits
+
+    def noted(base: BaseModel, batch: dict[str, Tensor], read: Any) -> Any:
+        if torch.is_grad_enabled():
+            batches.append({tuple(row[row >= 0].tolist()) for row in batch["labels"]})
+        return original(base, batch, read)
+
+    monkeypatch.setattr(BaseModel, "completion_logits", noted)
+    base = tiny_base("llama", max_position_embeddings=256)
+    for name, own in (("prefix", {}), (method, options)):
+        fit_toy(base, name, batch_size=3, epochs=2, **own)
+    assert len(batches) == 28
+    assert batches[:14] == batches[14:]
+    assert len({frozenset(batch) for batch in batches}) > 7  # no epoch has the batches of another
+
+
 def test_the_loop_keeps_the_best_and_knows_patience() -> None:
     base = tiny_base("llama")
     fitted = fit_toy(base, "full", learning_rate=0.3, epochs=20, patience=2)

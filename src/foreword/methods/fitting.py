@@ -14,7 +14,7 @@ from foreword.errors import ConfigError, RunError, UnsupportedModel
 from foreword.methods.adapters import AdapterTuning
 from foreword.methods.config import MethodConfig
 from foreword.methods.fitted import Fitted, FittedPrefix, FittedPrompting, FittedTuning
-from foreword.methods.loop import Progress, measure, train_weights
+from foreword.methods.loop import Progress, measure, plain_lengths, train_weights
 from foreword.methods.prompting import Prompting
 from foreword.methods.through_peft import LoraTuning, p_tuning, prompt_tuning
 from foreword.methods.triggers import TriggerSearch, TriggerTuning
@@ -52,7 +52,8 @@ def fit(
 ) -> Fitted:
     """Fit a method to the examples of `train`; of what training passes through, the best on `dev` is kept.
 
-    All methods get the same rows in the same batches and lower the same loss: nats per completion token. `instruction`
+    All methods get the same rows in the same batches and lower the same loss: nats per completion token. Left out are
+    rows that are too long for the context, with what a method writes around them. `instruction`
     says what the task is: prompts are written with it, and prefixes and virtual tokens start from it. `progress` gets
     (stage, done, total). The base model is left as it was, bit for bit.
 
@@ -132,9 +133,14 @@ def _fit_tuning(given: _Given, tuning: Tuning) -> Fitted:
     prompting = None
     if "template" in given.config.options:
         prompting = Prompting(given.base, given.config, (), given.instruction)
+    written = _written(given.train, prompting)
+    plain = {id(own): example for own, example in zip(written.examples, given.train.examples, strict=True)}
     with tuning.applied() as view:
-        rows, dev = (encode_split(view, _written(split, prompting)) for split in (given.train, given.dev))
-        metrics = train_weights(view, tuning.parameters(), rows, dev, given.config.training(), progress=given.progress)
+        rows, dev = encode_split(view, written), encode_split(view, _written(given.dev, prompting))
+        metrics = train_weights(
+            view, tuning.parameters(), rows, dev, given.config.training(), progress=given.progress,
+            lengths=plain_lengths(given.base, [plain[id(own)] for own in rows.examples]),
+        )  # fmt: skip
         tuning.finish()
     return FittedTuning(given.base, given.config, {**metrics, **_counts(rows, dev)}, tuning, prompting)
 

@@ -19,9 +19,10 @@ from foreword.config import TrainConfig
 from foreword.data import Rows, epoch_batches, micro_batches, ordered_batches
 from foreword.errors import RunError
 from foreword.frozen import frozen_training
+from foreword.tasks import Example
 from foreword.train import learning_rate
 
-__all__ = ["Keeper", "Progress", "collated", "measure", "train_weights"]
+__all__ = ["Keeper", "Progress", "collated", "measure", "plain_lengths", "train_weights"]
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[[dict[str, Tensor]], tuple[Tensor, int]]
@@ -30,6 +31,12 @@ Loss = Callable[[dict[str, Tensor]], tuple[Tensor, int]]
 def collated(base: BaseModel, rows: Rows, numbers: Sequence[int]) -> dict[str, Tensor]:
     """Some rows as one batch for `BaseModel.completion_loss`."""
     return base.collate([rows.encoded[row] for row in numbers])
+
+
+def plain_lengths(base: BaseModel, examples: Sequence[Example]) -> list[int]:
+    """Tokens of examples as a prefix reads them. Batches are planned by these, whatever a method writes around them."""
+    encoded = (base.encode(example.prompt, example.completion) for example in examples)
+    return [len(prompt) + len(completion) for prompt, completion in encoded]
 
 
 @torch.no_grad()
@@ -96,15 +103,16 @@ def train_weights(
     dev: Rows,
     config: TrainConfig,
     *,
+    lengths: Sequence[int] | None = None,
     loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train `parameters` of a base model, or on one, and leave them as they were at the lowest dev loss; the numbers.
 
-    `loss` maps a batch to the nats of its completions, summed, and their tokens; None: `completion_loss` of the base
-    without a prefix. What is in half precision has a twin in float32, which the optimizer works on. The memory needed
-    beyond float32 parameters is four times theirs: gradient, two moments, the best. Raises `RunError` when the loss is
-    not finite.
+    Batches are planned by `lengths` of the rows to train on; None: their own. `loss` maps a batch to the nats of its
+    completions, summed, and their tokens; None: `completion_loss` of the base without a prefix. What is in half
+    precision has a twin in float32, which the optimizer works on. The memory needed beyond float32 parameters is four
+    times theirs: gradient, two moments, the best. Raises `RunError` when the loss is not finite.
     """
     start = time.perf_counter()
     per_epoch = -(-len(train) // config.batch_size)
@@ -122,7 +130,7 @@ def train_weights(
         with frozen_training(base.model):
             for done in range(1, steps + 1):
                 epoch, index = divmod(done - 1, per_epoch)
-                batch = epoch_batches(train.lengths, config.batch_size, config.seed, epoch)[index]
+                batch = epoch_batches(lengths or train.lengths, config.batch_size, config.seed, epoch)[index]
                 shown = _step(base, twins, train, batch, optimizer, learning_rate(config, done - 1, steps),
                               config, loss)  # fmt: skip
                 tokens += sum(train.lengths[row] for row in batch)

@@ -20,7 +20,7 @@ from foreword.base import BaseModel
 from foreword.data import Rows, encode_split, epoch_batches, micro_batches
 from foreword.frozen import frozen_training
 from foreword.methods.config import MethodConfig
-from foreword.methods.loop import Keeper, Progress, collated, measure
+from foreword.methods.loop import Keeper, Progress, collated, measure, plain_lengths
 from foreword.methods.tuning import Tuning
 from foreword.methods.virtual import Extended, Vectors, VirtualTokens, vocabulary, word_vectors
 from foreword.tasks import Split
@@ -72,6 +72,7 @@ class TriggerSearch:
         self.vectors = Vectors(torch.zeros(len(self.ids), table.shape[1], device=base.device))
         self.soft = VirtualTokens(base, self.vectors, len(self.ids), self.place)
         self.train, self.dev = (encode_split(self.soft.view, split) for split in (train, dev))
+        self.lengths = plain_lengths(base, self.train.examples)
         self.trials: list[Trial] = []
 
     def run(self, progress: Progress | None = None) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class TriggerSearch:
         with frozen_training(self.base.model):
             for done in range(1, steps + 1):
                 epoch, index = divmod(done - 1, per_epoch)
-                batch = epoch_batches(self.train.lengths, config.batch_size, config.seed, epoch)[index]
+                batch = epoch_batches(self.lengths, config.batch_size, config.seed, epoch)[index]
                 trial = self.step(batch)
                 tokens += sum(self.train.lengths[row] for row in batch)
                 if progress is not None:
