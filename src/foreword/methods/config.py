@@ -70,7 +70,7 @@ _ALWAYS = tuple(name for name in TEMPLATES if name != "chat")
 
 METHODS: dict[str, Method] = {
     "full": Method("Full fine-tuning", (1e-5, 5e-5, 1e-4, 2e-4), 5e-5, _INSTRUCTED),
-    "top2": Method("FT-Top2", (5e-5, 1e-4, 3e-4, 1e-3), 1e-4, {"layers": _Option(2, 1), **_INSTRUCTED}),
+    "top2": Method("FT-Top2", (5e-5, 1e-4, 3e-4, 1e-3), 3e-4, {"layers": _Option(2, 1), **_INSTRUCTED}),
     "adapter": Method("Adapter", _MODULES, 1e-3, {"share": _Option(0.03, 1e-9, 1.0), **_INSTRUCTED}),
     "lora": Method(
         "LoRA", _MODULES, 1e-3,
