@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.labels import LabelToy
+from tests.tiny import tiny_base
+from tests.toy import ToyTask
 
 from foreword.compare import Difference
 from foreword.errors import ConfigError, DataError, MissingPackage
-from foreword.evaluate import Interval
+from foreword.evaluate import Interval, check_metrics, evaluate
 from foreword.metrics import (
     METRIC_SETS,
     Bleu,
@@ -271,6 +274,40 @@ def test_a_metric_that_cannot_score_says_so_before_anything_is_written(monkeypat
     for name in ("meteor", "cider", "rouge_l_coco"):
         with pytest.raises(MissingPackage, match="'pycocoevalcap' is not installed"):
             get_metric(name).ready()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("generation", "macro_f1", "texts"),
+        ("generation", "entity_f1", "texts"),
+        ("generation", "accuracy", "texts"),
+        ("classification", "entity_f1", "labels"),
+        ("classification", "bleu", "labels"),
+        ("choice", "coverage", "labels"),
+        ("tagging", "accuracy", "tags"),
+    ],
+)
+def test_metrics_that_do_not_suit_a_task_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, kind: str, name: str, expected: str
+) -> None:
+    task = ToyTask() if kind == "generation" else LabelToy(kind)
+    message = f"metric '{name}' for task '{task.name}'; expected a metric of {expected}; choose another"
+    with pytest.raises(ConfigError, match=message):
+        check_metrics([*task.metrics, name], task, ready=False)
+    base = tiny_base("llama")
+    monkeypatch.setattr(base, "generate", lambda *_, **__: pytest.fail("something was written"))
+    with pytest.raises(ConfigError, match=message):
+        evaluate(base, None, task, "dev", metrics=[name])
+
+
+def test_metrics_that_suit_a_task_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_metrics(["exact_match", "rouge_l"], ToyTask(), ready=False) == ("exact_match", "rouge_l")
+    assert check_metrics(["exact_match"], LabelToy("tagging")) == ("exact_match",)
+    monkeypatch.setenv("PATH", "")
+    assert check_metrics(["meteor"], ToyTask(), ready=False) == ("meteor",)
+    with pytest.raises(MissingPackage):
+        check_metrics(["meteor"], ToyTask())
 
 
 def test_scores_are_written_with_their_digits() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,12 @@ from foreword.runs import provenance
 from foreword.storage import write_atomic
 from foreword.tasks import Example, Labelled, Split, Tagged, Task, get_task
 
-__all__ = ["Evaluation", "Interval", "Output", "evaluate", "objective_for", "predictions", "score_outputs"]
+__all__ = [
+    "Evaluation", "Interval", "Output", "check_metrics", "evaluate", "objective_for", "predictions", "score_outputs",
+]  # fmt: skip
+
+# What is written or predicted for the rows of a kind of task, as metrics call it.
+_MADE = {"generation": "text", "classification": "label", "choice": "label", "tagging": "tag"}
 
 
 class Interval(NamedTuple):
@@ -130,14 +135,10 @@ def evaluate(
     `UnsupportedModel`.
     """
     task = get_task(task) if isinstance(task, str) else task
-    chosen = tuple(task.metrics) if metrics is None else metric_names(metrics)
+    chosen = check_metrics(task.metrics if metrics is None else metrics, task)
     objective = (
         objective_for(base, prefix, task) if task.kind != "generation" or base.family.kind == "encoder" else None
     )
-    for name in chosen:
-        if get_metric(name).needs == "sources" and task.kind != "generation":
-            raise ConfigError(f"metric {name!r} for task {task.name!r}", "a metric of labels", "choose another")
-        get_metric(name).ready()
     data = task.split(split, limit=limit, strict=strict)
     told = None if prefix is None else str(prefix.metadata.get("name") or prefix.metadata.get("task") or "prefix")
     named: dict[str, Any] = {
@@ -169,6 +170,30 @@ def evaluate(
         ],
         **named,
     )
+
+
+def check_metrics(names: Iterable[str], task: Task, *, ready: bool = True) -> tuple[str, ...]:
+    """The metrics of those names and sets, if they score what is written or predicted for the task.
+
+    Raises `ConfigError` for one that does not or is unknown, and, with `ready`, what would stop scoring later:
+    `MissingPackage`, `ModelNotFound`.
+
+    >>> check_metrics(["summary"], get_task("trails"))
+    ('rouge_1', 'rouge_2', 'rouge_l')
+    >>> check_metrics(["macro_f1"], get_task("trails"))
+    Traceback (most recent call last):
+    foreword.errors.ConfigError: metric 'macro_f1' for task 'trails'; expected a metric of texts; choose another
+    """
+    chosen = metric_names(names)
+    for name in chosen:
+        if _MADE[task.kind] not in get_metric(name).suits:
+            raise ConfigError(
+                f"metric {name!r} for task {task.name!r}", f"a metric of {_MADE[task.kind]}s", "choose another"
+            )
+    if ready:
+        for name in chosen:
+            get_metric(name).ready()
+    return chosen
 
 
 def objective_for(base: BaseModel, prefix: Prefix | None, task: Task) -> Objective:

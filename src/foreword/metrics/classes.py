@@ -20,6 +20,7 @@ class Accuracy(Mean):
 
     name = "accuracy"
     description = "rows with the right label"
+    suits = ("label",)
 
     def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
         return [[float(label in right), 1.0] for label, right in zip(hypotheses, targets, strict=True)]
@@ -34,6 +35,7 @@ class MacroF1(Metric):
 
     name = "macro_f1"
     description = "F1 of each label, averaged over the labels"
+    suits = ("label",)
 
     def paired_statistics(
         self, first: Sequence[str], second: Sequence[str], targets: Targets
@@ -67,6 +69,7 @@ class EntityF1(Metric):
 
     name = "entity_f1"
     description = "micro F1 of entities, as seqeval and conlleval count them"
+    suits = ("tag",)
 
     def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
         """For each row the entities that are right, predicted, true."""

@@ -23,7 +23,8 @@ class Metric(ABC):
     """A score of hypotheses against targets, callable as `metric(hypotheses, targets)`.
 
     A corpus score is a function of sums over rows, so that resampled corpora cost no second look at the text.
-    `needs` is `references` (a sequence for every row) or `sources` (the prompt of every row, one string).
+    `needs` is `references` (a sequence for every row) or `sources` (the prompt of every row, one string). `suits` says
+    what hypotheses may be: `text` that was written, a `label`, a `tag` for each word.
     A score is in percent unless `maximum` says otherwise: None where no number bounds it. `digits` is how many
     digits after the point tell scores apart.
     """
@@ -31,6 +32,7 @@ class Metric(ABC):
     name: str
     description: str
     needs: str = "references"
+    suits: tuple[str, ...] = ("text",)
     higher_is_better: bool = True
     maximum: float | None = 100.0
     digits: int = 1

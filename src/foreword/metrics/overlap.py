@@ -44,6 +44,7 @@ class ExactMatch(Mean):
 
     name = "exact_match"
     description = "rows equal to one of their references, but for case and spaces"
+    suits = ("text", "label", "tag")
 
     def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
         return [
