@@ -24,11 +24,13 @@ ROWS = [f"the river {k} is long and blue" for k in range(40)]
 
 def finished(
     folder: Path, label: str, quality: float, *, rows: int = 50, sample: int = 0, tests: tuple[str, ...] = ("test",),
+    axis: str = "rows", at: float | None = None, metric: str = "exact_match", parameters: int = 0, dev: float = 1.0,
     **config: Any,
 ) -> Job:  # fmt: skip
-    """A run whose texts are right for so large a share of the rows."""
-    chance = random.Random(f"{label}{rows}{sample}")
-    name = f"{label},rows={rows},sample={sample}"
+    """A run whose texts are right for so large a share of the rows; `axis` is what the study varies, "" for nothing."""
+    at = rows if at is None else at
+    chance = random.Random(f"{label}{at}{sample}")
+    name = ",".join([label, *([f"{axis}={at}"] if axis else []), f"sample={sample}"])
     job_folder = folder / name
     job_folder.mkdir(parents=True)
     texts = [
@@ -40,14 +42,15 @@ def finished(
     value = 100 * sum(row["text"] == row["references"][0] for row in texts) / len(texts)
     score = {"value": value, "low": value - 5, "high": value + 5}
     result = {
-        "scores": {test: {"exact_match": score} for test in tests}, "nats_per_token": dict.fromkeys(tests, 1.0),
-        "parameters": {"prefix": 4000, "full": 100_000}.get(label, 800), "num_bytes": 16_000, "train_seconds": 10.0,
-        "inference_seconds": 2.0, "inference_rows": 40, "candidates": [{}] * 4, "device": "cpu", "dtype": "float32",
+        "scores": {test: {metric: score} for test in tests}, "nats_per_token": dict.fromkeys(tests, 1.0),
+        "parameters": parameters or {"prefix": 4000, "full": 100_000}.get(label, 800), "num_bytes": 16_000,
+        "dev_nats_per_token": dev, "train_seconds": 10.0, "inference_seconds": 2.0, "inference_rows": 40,
+        "candidates": [{}] * 4, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
     (job_folder / "result.json").write_text(json.dumps(result))
     record = {"versions": {"torch": "2"}, "machine": "m", "code": "c", "git": {"commit": "0" * 40, "dirty": False}}
     (job_folder / "run.json").write_text(json.dumps({**record, "status": "done"}))
-    values = {"method": label, "task": "e2e", "rows": rows, "sample": sample, "seed": 0, **config}
+    values = {"method": label, "task": "e2e", "sample": sample, "seed": 0, **({axis: at} if axis else {}), **config}
     return Job(name, values, "m:f", "c", "d", str(job_folder), f"foreword study run s --only {name}")
 
 
@@ -80,9 +83,9 @@ def test_a_difference_is_that_of_the_pooled_texts_and_beyond_noise_only_where_it
     assert found is not None and found.runs == 2
     mean = prefix.score("test", "exact_match").mean - full.score("test", "exact_match").mean
     assert found.found.difference == pytest.approx(mean)
-    assert found.beyond_noise and found.found.p_value < 0.01
+    assert found.found.low > 0 and found.found.p_value < 0.01
     close = difference(lora, prefix, "test", "exact_match")
-    assert close is not None and not close.beyond_noise and close.found.p_value > 0.05
+    assert close is not None and close.found.low <= 0 <= close.found.high and close.found.p_value > 0.05
 
 
 def test_rows_count_once_however_often_they_were_written_for(tmp_path: Path) -> None:
@@ -99,24 +102,116 @@ def test_rows_count_once_however_often_they_were_written_for(tmp_path: Path) -> 
     assert second.found == pytest.approx(first.found), "four copies are no more evidence than one"
 
 
-def test_verdicts_follow_the_runs(jobs: list[Job], tmp_path: Path) -> None:
-    (agrees,) = expectations(gather(jobs))
-    assert agrees.verdict == "agrees" and "prefix at 50 against full: exact_match +" in agrees.measured[0]
-    turned = [finished(tmp_path / "t", label, quality) for label, quality in (("full", 0.9), ("prefix", 0.2))]
-    (disagrees,) = [
-        each for each in expectations(gather([*turned, *two_places(tmp_path)])) if "few rows" in each.statement
+def verdicts(jobs: list[Job]) -> dict[str, str]:
+    """By the first words of the statements."""
+    return {" ".join(each.statement.split()[:4]): each.verdict for each in expectations(gather(jobs))}
+
+
+def pair(folder: Path, first: str, second: str, better: bool | None, **values: Any) -> list[Job]:
+    """Two methods, the second far better, far worse, or the same."""
+    qualities = {True: (0.2, 0.9), False: (0.9, 0.2), None: (0.5, 0.5)}[better]
+    found = [finished(folder, label, q, **values) for label, q in zip((first, second), qualities, strict=True)]
+    if better is None:
+        texts = Path(found[0].folder, "texts.jsonl").read_text()
+        Path(found[1].folder, "texts.jsonl").write_text(texts)
+    return found
+
+
+OUTCOMES = pytest.mark.parametrize(
+    ("better", "verdict"), [(True, "agrees"), (False, "disagrees"), (None, "within noise")]
+)
+
+
+@OUTCOMES
+@pytest.mark.parametrize(
+    ("first", "second", "statement", "values"),
+    [
+        ("full", "prefix", "On topics that were", {"task": "bbc-within-news"}),
+        ("full", "prefix", "On topics that were", {"task": "bbc", "task_transfer": "news-to-sports"}),
+        ("full", "prefix", "On topics that were", {"task": "webnlg", "tests": ("webnlg-seen", "webnlg-unseen")}),
+        ("adapter", "prefix", "A prefix scores better", {"parameters": 4000, "share": 0.001}),
+        ("embedding", "prefix", "A prefix scores better", {"length": 10}),
+        ("infix", "prefix", "A prefix scores better", {"length": 10}),
+        ("ptuning2", "apt", "APT scores better than", {"length": 10}),
+    ],
+)
+def test_each_statement_follows_the_runs(
+    tmp_path: Path, better: bool | None, verdict: str, first: str, second: str, statement: str, values: dict[str, Any]
+) -> None:
+    assert verdicts(pair(tmp_path, first, second, better, axis="", **values)) == {statement: verdict}
+
+
+@OUTCOMES
+@pytest.mark.parametrize(("place", "where"), [("rows", [50, 100]), ("fraction", [0.2, 0.8])])
+def test_data_statements_follow_the_runs(
+    tmp_path: Path, better: bool | None, verdict: str, place: str, where: list[float]
+) -> None:
+    jobs = [job for at in where for job in pair(tmp_path, "full", "prefix", better, axis=place, at=at)]
+    statement = {"rows": "With few rows a", "fraction": "From a fifth of"}[place]
+    assert verdicts(jobs) == {statement: verdict}
+
+
+def test_a_tenth_of_the_rows_says_nothing_of_more_than_a_fifth(tmp_path: Path) -> None:
+    jobs = [job for at in (0.1, 0.8) for job in pair(tmp_path, "full", "prefix", at > 0.5, axis="fraction", at=at)]
+    assert verdicts(jobs) == {"From a fifth of": "agrees"}
+
+
+def test_opposite_differences_are_mixed(tmp_path: Path) -> None:
+    jobs = [job for at in (50, 100) for job in pair(tmp_path, "full", "prefix", at == 50, axis="rows", at=at)]
+    assert verdicts(jobs) == {"With few rows a": "mixed"}
+
+
+def test_a_seen_topic_of_news_says_nothing_of_unseen_ones(tmp_path: Path) -> None:
+    assert verdicts(pair(tmp_path, "full", "prefix", True, axis="", task="ag_news")) == {}
+
+
+@OUTCOMES
+def test_lengths_are_chosen_by_dev_and_tested_on_test(tmp_path: Path, better: bool | None, verdict: str) -> None:
+    """Length 5 is the best on dev; length 1 is the best on test, and must not be chosen for it."""
+    long, short = {True: (0.2, 0.8), False: (0.8, 0.2), None: (0.5, 0.5)}[better]
+    jobs = [
+        finished(tmp_path, "prefix", quality, axis="length", at=length, dev=dev)
+        for length, quality, dev in ((1, 1.0, 3.0), (5, short, 1.0), (10, 0.5, 2.0), (40, long, 1.5))
     ]
-    assert disagrees.verdict.startswith("disagrees")
-    even = [finished(tmp_path / "e", label, 0.5, rows=rows) for label in ("full", "prefix") for rows in (50, 60)]
-    for job in even:  # the same texts on both sides
-        texts = Path(even[0].folder, "texts.jsonl").read_text()
-        Path(job.folder, "texts.jsonl").write_text(texts)
-    (noise,) = expectations(gather(even))
-    assert noise.verdict == "within noise"
+    if better is None:
+        Path(jobs[1].folder, "texts.jsonl").write_text(Path(jobs[3].folder, "texts.jsonl").read_text())
+    (found,) = expectations(gather(jobs))
+    assert found.verdict == verdict and "prefix at 5 against prefix at 40" in found.measured[0]
 
 
-def two_places(tmp_path: Path) -> list[Job]:
-    return [finished(tmp_path / "t2", label, q, rows=100) for label, q in (("full", 0.9), ("prefix", 0.2))]
+@OUTCOMES
+def test_words_are_real_words(tmp_path: Path, better: bool | None, verdict: str) -> None:
+    """Random tokens of the vocabulary are no words; they are the other way round here."""
+    jobs = pair(tmp_path, "random", "related", better, axis="", method="prefix")
+    other = finished(tmp_path, "vocabulary", 0.0 if better else 1.0, axis="", method="prefix")
+    for job, init in zip((*jobs, other), ("random", "words", "vocab"), strict=True):
+        job.config["init"] = init
+    (found,) = expectations(gather([*jobs, other]))
+    assert found.verdict == verdict and len(found.measured) == 1 and "related against random" in found.measured[0]
+
+
+@OUTCOMES
+def test_lower_may_be_better(tmp_path: Path, better: bool | None, verdict: str) -> None:
+    jobs = pair(tmp_path, "full", "prefix", better, axis="rows", metric="ter")
+    (found,) = expectations(gather(jobs))
+    assert found.verdict == verdict
+    assert ("ter -" in found.measured[0]) is (better is True)
+
+
+def test_a_verdict_is_by_corrected_p_values(tmp_path: Path) -> None:
+    """One of many places where a prefix seems better by its own interval is within noise."""
+    jobs = pair(tmp_path, "full", "prefix", None, axis="rows", at=50)
+    path = Path(jobs[1].folder, "texts.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    wrong = [row for row in rows if row["text"] == "no idea"]
+    for row in wrong[:7]:
+        row["text"] = row["references"][0]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (alone,) = expectations(gather(jobs))
+    assert alone.verdict == "agrees"
+    others = [job for at in range(60, 100, 10) for job in pair(tmp_path, "full", "prefix", None, axis="rows", at=at)]
+    (many,) = expectations(gather([*jobs, *others]))
+    assert many.verdict == "within noise" and "+17.5 [+7.5, +30.0], p = 0.117" in many.measured[0]
 
 
 def edit(job: Job, **values: Any) -> None:

@@ -26,11 +26,6 @@ class Difference(NamedTuple):
     runs: int
 
     @property
-    def beyond_noise(self) -> bool:
-        """Whether the 95 % interval leaves out 0."""
-        return not self.found.low <= 0 <= self.found.high
-
-    @property
     def shown(self) -> str:
         """The difference with its sign."""
         return f"{self.found.difference:+{number_format(self.metric)}}"

@@ -22,6 +22,7 @@ __all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
 
 Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
+_PARTS = ("task_transfer", "task_categories")  # options that make another task of a task: "bbc" and "bbc-within-news"
 _TIME = "%Y-%m-%dT%H:%M:%S%z"  # as records have it
 _REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
 _PLACES = ("rows", "fraction", "length", "share", "rank")  # what a study is drawn over, the first that differs
@@ -65,6 +66,18 @@ class Cell:
         """The label with the name of its method, where the study's file is called by one."""
         stem, _, rest = self.label.partition(" ")
         return f"{METHODS[stem].title} {rest}".strip() if stem in METHODS else self.label
+
+    def option(self, name: str) -> Any:
+        """An option of the method: as it is set, else its default; None for one that the method does not have."""
+        method = METHODS.get(str(self.config.get("method", "")))
+        default = method.options[name].default if method and name in method.options else None
+        return self.config.get(name, default)
+
+    def tested(self, test: str) -> str:
+        """The name of the task whose test rows these are."""
+        name = str(self.config.get("task", "")) if test == "test" else test
+        parts = (self.config.get(key) for key in _PARTS)
+        return "-".join([name, *(str(part) for part in parts if part and not name.endswith(f"-{part}"))])
 
     def score(self, test: str, metric: str) -> Spread | None:
         """The score over the repetitions; None unless all of them have it."""
