@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from foreword.base import BaseModel
 from foreword.config import TrainConfig
 from foreword.data import encode_split
 from foreword.errors import ConfigError, DataError, RunError, UnsupportedModel
-from foreword.methods import METHODS, SEARCH_SIZE, TEMPLATES, Fitted, MethodConfig, fit, fit_each, search_space
+from foreword.methods import METHODS, SEARCH_SIZE, TEMPLATES, Fitted, MethodConfig, fit, fit_each, fitting, search_space
 from foreword.methods.adapters import AdapterTuning, bottleneck_size
 from foreword.methods.fitted import FittedPrefix, FittedTuning
 from foreword.methods.loop import measure, train_weights
@@ -129,6 +132,32 @@ def test_candidates_come_to_what_they_come_to_alone(method: str) -> None:
         assert each.metrics["train_seconds"] > 0
     together = any("together" in stage for stage in stages)
     assert together == (method != "lora") and together != ("candidate 3 of 3" in stages)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seconds_of_a_fit_are_those_of_all_it_does(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first row on, whichever the method is: on a clock that encoding a row takes a second of."""
+    clock = itertools.count(step=1e-9)
+    encoded: list[int] = []
+    original = BaseModel.encode
+    monkeypatch.setattr(BaseModel, "encode", lambda *given: (encoded.append(1), original(*given))[1])
+    monkeypatch.setattr(time, "perf_counter", lambda: len(encoded) + next(clock))
+    fitted = fit_toy(tiny_base("llama"), method, epochs=1)
+    assert len(encoded) >= len(DEV)
+    assert fitted.metrics["train_seconds"] == pytest.approx(len(encoded), abs=1e-3)
+
+
+def test_a_lost_candidate_has_its_share_of_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    candidates = [
+        config_of("prefix"), config_of("prefix", learning_rate=3e37), config_of("prefix", max_steps=3),
+    ]  # fmt: skip
+    monkeypatch.setattr(fitting, "time", SimpleNamespace(perf_counter=iter([10.0, 100.0]).__next__))
+    first, lost, last = fit_each(base, TRAIN, DEV, candidates)
+    assert isinstance(lost, RunError) and isinstance(first, Fitted) and isinstance(last, Fitted)
+    tokens = first.metrics["tokens"], last.metrics["tokens"]
+    for each, read in zip((first, last), tokens, strict=True):
+        assert each.metrics["train_seconds"] == pytest.approx(90 * 2 / 3 * read / sum(tokens))
 
 
 def begun(base: BaseModel, method: str, **values: Any) -> float:

@@ -25,8 +25,9 @@ class Fitted(ABC):
     """A method fitted to a task. The base model itself is as it was; many may be fitted on one, used one at a time.
 
     `metrics` are the numbers of the fit: `dev_loss` in nats per token, `steps`, `best_step`, `tokens` read,
-    `train_seconds` with those of the measurements on dev rows, `trained_parameters` (`parameters` are what is stored),
-    `train_rows`, `dev_rows` and `skipped_rows`; of all but prefixes also `dev_losses`, one each time it was measured.
+    `train_seconds` of the whole fit, with encoding the rows and measuring on dev rows, `trained_parameters`
+    (`parameters` are what is stored), `train_rows`, `dev_rows` and `skipped_rows`; of all but prefixes also
+    `dev_losses`, one each time it was measured.
     """
 
     def __init__(self, base: BaseModel, config: MethodConfig, metrics: Mapping[str, Any]) -> None:

@@ -114,6 +114,14 @@ def _check(base: BaseModel, splits: Sequence[Split]) -> None:
 
 
 def _fit_one(given: _Given) -> Fitted:
+    """One fit by itself; its seconds are those of all that it does, whatever the method."""
+    start = time.perf_counter()
+    fitted = _fit(given)
+    fitted.metrics["train_seconds"] = time.perf_counter() - start
+    return fitted
+
+
+def _fit(given: _Given) -> Fitted:
     method = given.config.method
     if method in _PREFIXES:
         return _fit_prefix(given)
@@ -201,13 +209,15 @@ class _Rows:
 
 
 def _fit_prefix(given: _Given) -> Fitted:
-    start = time.perf_counter()
     result = train_prefix(given.base, None, _task(given), _options(given), progress=given.progress)
-    return _fitted_prefix(given, result, time.perf_counter() - start)
+    return _fitted_prefix(given, result)
 
 
 def _fit_prefixes(given: list[_Given]) -> list[Fitted | RunError]:
-    """Several prefixes at once; the seconds of each are its share, by the tokens it read."""
+    """Several prefixes at once; the seconds of each are its share, by the tokens it read.
+
+    How many a lost one read is not known: it counts as much as the others on average.
+    """
     base, progress = given[0].base, given[0].progress
     start = time.perf_counter()
     results: Sequence[TrainResult | RunError]
@@ -218,11 +228,15 @@ def _fit_prefixes(given: list[_Given]) -> list[Fitted | RunError]:
     except SomeFailed as error:
         results = error.results
     seconds = time.perf_counter() - start
-    tokens = [0 if isinstance(each, RunError) else each.metrics["tokens"] for each in results]
-    return [
-        each if isinstance(each, RunError) else _fitted_prefix(own, each, seconds * read / sum(tokens))
-        for own, each, read in zip(given, results, tokens, strict=True)
+    found: list[Fitted | RunError] = [
+        each if isinstance(each, RunError) else _fitted_prefix(own, each)
+        for own, each in zip(given, results, strict=True)
     ]
+    whole = [each for each in found if isinstance(each, Fitted)]
+    tokens = [each.metrics["tokens"] for each in whole]
+    for fitted, read in zip(whole, tokens, strict=True):
+        fitted.metrics["train_seconds"] = seconds * len(whole) / len(found) * read / sum(tokens)
+    return found
 
 
 def _task(given: _Given) -> _Rows:
@@ -233,11 +247,11 @@ def _options(given: _Given) -> TrainConfig:
     return given.config.training(**given.config.options, **_PREFIXES[given.config.method])
 
 
-def _fitted_prefix(given: _Given, result: TrainResult, seconds: float) -> FittedPrefix:
+def _fitted_prefix(given: _Given, result: TrainResult) -> FittedPrefix:
     told = ("steps", "planned_steps", "best_step", "tokens", "trained_parameters", "train_rows", "dev_rows",
             "skipped_rows")  # fmt: skip
     metrics = {name: result.metrics[name] for name in told}
-    metrics |= {"dev_loss": result.metrics["best_dev_loss"], "train_seconds": seconds}
+    metrics["dev_loss"] = result.metrics["best_dev_loss"]
     return FittedPrefix(given.base, given.config, metrics, result.prefix)
 
 
@@ -249,7 +263,7 @@ def _fit_prompting(given: _Given) -> Fitted:
     shots = [prompting.count_shots(e.prompt, len(given.base.encode("", e.completion)[1])) for e in given.dev.examples]
     metrics = {
         "dev_loss": loss, "dev_losses": [loss], "steps": 0, "planned_steps": 0, "best_step": 0, "tokens": 0,
-        "train_seconds": 0.0, "trained_parameters": 0, "train_rows": len(prompting.shots), "dev_rows": len(dev),
+        "trained_parameters": 0, "train_rows": len(prompting.shots), "dev_rows": len(dev),
         "skipped_rows": len(dev.skipped), "mean_shots": sum(shots) / len(shots),
     }  # fmt: skip
     return FittedPrompting(given.base, given.config, metrics, prompting)

@@ -7,7 +7,6 @@ the gradient clipped to norm 1, AdamW, a linear warm-up and fall; the best epoch
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,7 +113,6 @@ def train_weights(
     precision has a twin in float32, which the optimizer works on. The memory needed beyond float32 parameters is four
     times theirs: gradient, two moments, the best. Raises `RunError` when the loss is not finite.
     """
-    start = time.perf_counter()
     per_epoch = -(-len(train) // config.batch_size)
     steps = config.max_steps or config.epochs * per_epoch
     keeper = Keeper(config)
@@ -150,8 +148,7 @@ def train_weights(
             parameter.grad = None
     return {
         "dev_loss": keeper.best_loss, "dev_losses": keeper.losses, "best_step": keeper.best_step, "steps": done,
-        "planned_steps": steps, "tokens": tokens, "train_seconds": time.perf_counter() - start,
-        "trained_parameters": sum(parameter.numel() for parameter in parameters),
+        "planned_steps": steps, "tokens": tokens, "trained_parameters": sum(p.numel() for p in parameters),
     }  # fmt: skip
 
 
