@@ -157,8 +157,9 @@ print(get_metric("bertscore:minilm").name, get_metric("moverscore:x").name)
     assert found.split() == [*names, "False", "bertscore:minilm", "moverscore:x"]
 
 
+@pytest.mark.parametrize("name", ["none", "roberta-large"])  # of the second the package knows the layer
 @pytest.mark.parametrize("kind", ["bertscore", "moverscore"])
-def test_a_model_that_is_not_there(kind: str, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there(kind: str, name: str, tmp_path: Path) -> None:
     pytest.importorskip("bert_score")
     with pytest.raises(ModelNotFound, match="no encoder .* for a metric .*; expected minilm, a folder"):
-        get_metric(f"{kind}:{tmp_path / 'none'}").ready()
+        get_metric(f"{kind}:{tmp_path / name}").ready()

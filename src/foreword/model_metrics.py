@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ class BertScore(Mean):
             package = optional("bert_score", "eval")
             layer = self._layer or package.utils.model2layers.get(Path(self._model).name)
             layer = layer or _load(transformers.AutoConfig, self._model).num_hidden_layers
-            self._scorer = package.BERTScorer(
-                model_type=_source(self._model), num_layers=layer, device=self._device, batch_size=_TEXTS_AT_ONCE
-            )
+            with _asked_for(self._model) as source:
+                self._scorer = package.BERTScorer(
+                    model_type=source, num_layers=layer, device=self._device, batch_size=_TEXTS_AT_ONCE
+                )
             # The package cuts texts by what the tokenizer says, which in many folders is nothing.
             tokenizer, config = self._scorer._tokenizer, self._scorer._model.config
             tokenizer.model_max_length = _max_tokens(tokenizer, config)
@@ -170,16 +172,18 @@ def _max_tokens(tokenizer: Any, config: Any) -> int:
 
 
 def _load(kind: Any, model: str) -> Any:
+    with _asked_for(model) as source:
+        return kind.from_pretrained(source)
+
+
+@contextmanager
+def _asked_for(model: str) -> Iterator[str]:
+    """Where a model is loaded from; what cannot be loaded there is a `ModelNotFound`."""
     try:
-        return kind.from_pretrained(_source(model))
+        yield str(ensure_packaged(model)) if model in packaged_models() else model
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelNotFound(
             f"no encoder {model!r} for a metric ({reason})", "minilm, a folder or a Hugging Face model id",
             "check the name after the colon",
         ) from None  # fmt: skip
-
-
-def _source(model: str) -> str:
-    """Where a model is loaded from."""
-    return str(ensure_packaged(model)) if model in packaged_models() else model
