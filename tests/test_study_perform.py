@@ -255,7 +255,7 @@ def test_low_data_small_is_what_the_issue_asks_for() -> None:
     assert {
         (run_.config["task"], run_.config["base"], run_.config["seed"], run_.config["test_limit"]) for run_ in runs
     } == {("e2e", "smollm2-135m", 0, 200)}
-    assert {(run_.config["tuning"], run_.config["max_steps"]) for run_ in runs} == {(2, 80)}
+    assert {(run_.config["tuning"], run_.config["max_steps"]) for run_ in runs} == {(2, 60)}
 
 
 def test_the_full_protocol_has_the_papers_cells() -> None:

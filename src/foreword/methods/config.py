@@ -8,7 +8,6 @@ none is compared untuned. Published settings are in Prefix-Tuning, arXiv 2101.00
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -183,7 +182,8 @@ class MethodConfig:
 def search_space(method: str, **shared: Any) -> list[MethodConfig]:
     """The candidates that a method is tuned over on dev rows: `SEARCH_SIZE` for every method, its defaults first.
 
-    Learning rates come in the order of their distance from the default, so that the first few are a smaller search.
+    Learning rates come by their places from the default in the list, the higher first, so that the first few are a
+    smaller search.
     `shared` are values that all candidates have, such as `epochs` or a method's `share`; they win over the grid's, so
     that sharing what the grid varies leaves fewer candidates.
 
@@ -193,7 +193,8 @@ def search_space(method: str, **shared: Any) -> list[MethodConfig]:
     {4}
     """
     known = _known(method)
-    rates = sorted(known.rates, key=lambda rate: (abs(math.log(rate / known.rate)), -rate))
+    middle = known.rates.index(known.rate) if known.rates else 0
+    rates = [known.rates[n] for n in sorted(range(len(known.rates)), key=lambda n: (abs(n - middle), -n))]
     default = {name: option.default for name, option in known.options.items()}
     grid = sorted(known.grid, key=lambda candidate: {**default, **candidate} != default)
     found: list[MethodConfig] = []
