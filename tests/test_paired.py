@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from foreword.errors import ConfigError, DataError
 from foreword.metrics import PairedDifference, get_metric, paired_test
+from foreword.metrics.bootstrap import paired_difference
 
 labels = st.sampled_from(["a", "b", "c"])
 corpora = st.lists(st.tuples(labels, labels, labels), min_size=1, max_size=7)
@@ -99,10 +101,93 @@ def test_metrics_of_a_corpus_have_the_interval_of_whole_recomputations() -> None
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(gaps, [2.5, 97.5])))
 
 
+# ---- several repetitions: systems that wrote for the same rows more than once
+
+
+def test_a_system_that_wrote_several_times_has_the_mean_of_its_scores() -> None:
+    """BLEU of pooled counts is another number than the mean of BLEUs, here of the other sign."""
+    pytest.importorskip("sacrebleu")
+    bleu = get_metric("bleu")
+    text = "a b c d e f g h i j"
+    targets, short, long = [[text]] * 4, ["a b c d e"] * 4, [f"{text} q r s t u"] * 4
+    one, two = ([bleu.statistics(texts, targets) for texts in side] for side in ((short, long), (long, long)))
+    found = paired_difference(bleu, one, two, samples=200)
+    assert found.difference == pytest.approx(bleu(long, targets) - (bleu(short, targets) + bleu(long, targets)) / 2)
+    assert found.difference == pytest.approx(12.9, abs=0.1) and found.better
+    assert bleu.score(sum(two).sum(axis=0)) - bleu.score(sum(one).sum(axis=0)) == pytest.approx(-7.3, abs=0.1)
+    assert (found.low, found.high) == pytest.approx((found.difference, found.difference))  # all rows are alike
+
+
+def test_every_resample_and_every_exchange_is_scored_by_repetition() -> None:
+    """Against whole recomputations on the same drawn rows, and against all exchanges of rows."""
+    pytest.importorskip("sacrebleu")
+    bleu = get_metric("bleu")
+    targets = [["a b c d x"], ["q r s t u", "v"], ["c c d e"]]
+    first = [["a b c d e", "q r s t u", "c c c d e"], ["a b c d x", "q r s t", "c c d"]]
+    second = [["a b c d x", "q r s t v", "c c d e f"], ["a b c d", "q r s t u", "x x d e"]]
+
+    def score(texts: list[str], rows: Sequence[int]) -> float:
+        return bleu([texts[row] for row in rows], [targets[row] for row in rows])
+
+    def gap(one: list[list[str]], two: list[list[str]], rows: Sequence[int] = range(3)) -> float:
+        return float(np.mean([score(texts, rows) for texts in two]) - np.mean([score(texts, rows) for texts in one]))
+
+    draws = np.random.default_rng(5).multinomial(3, np.full(3, 1 / 3), size=100)
+    gaps = [gap(first, second, np.repeat(np.arange(3), times).tolist()) for times in draws]
+    one, two = ([bleu.statistics(texts, targets) for texts in side] for side in (first, second))
+    found = paired_difference(bleu, one, two, samples=100, seed=5)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(gaps, [2.5, 97.5])))
+    exchanged = []
+    for swap in itertools.product([False, True], repeat=3):
+        a = [
+            [y if moved else x for x, y, moved in zip(*texts, swap, strict=True)]
+            for texts in zip(first, second, strict=True)
+        ]
+        b = [
+            [x if moved else y for x, y, moved in zip(*texts, swap, strict=True)]
+            for texts in zip(first, second, strict=True)
+        ]
+        exchanged.append(abs(gap(a, b)))
+    exact = np.mean(np.array(exchanged) >= abs(found.difference) - 1e-9)
+    assert paired_difference(bleu, one, two, samples=4000).p_value == pytest.approx(exact, abs=0.035)
+
+
+def test_a_repetition_more_of_the_same_changes_nothing() -> None:
+    metric = get_metric("macro_f1")
+    first, second, targets = ["a", "b", "c", "a"], ["a", "b", "b", "b"], [["a"], ["b"], ["c"], ["b"]]
+    one, two = metric.paired_statistics(first, second, targets)
+    plain = paired_difference(metric, one, two, samples=100)
+    assert plain == paired_test(metric, first, second, targets, samples=100)
+    for times, others in ((1, 1), (2, 2), (1, 3), (2, 3)):
+        assert paired_difference(metric, [one] * times, [two] * others, samples=100) == pytest.approx(plain)
+
+
+def test_drawn_repetitions_make_a_difference_less_sure() -> None:
+    metric = get_metric("accuracy")
+    targets = [["yes"]] * 200
+    first = [metric.statistics(["yes"] * 100 + ["no"] * 100, targets)] * 3
+    second = [metric.statistics(["yes"] * right + ["no"] * (200 - right), targets) for right in (90, 150, 180)]
+    rows_only = paired_difference(metric, first, second, samples=500)
+    both = paired_difference(metric, first, second, samples=500, draw_repetitions=True)
+    assert both.high - both.low > 1.5 * (rows_only.high - rows_only.low)
+    assert (both.difference, both.p_value) == (rows_only.difference, rows_only.p_value)
+
+
+def test_statistics_of_many_systems_have_the_same_labels() -> None:
+    metric = get_metric("macro_f1")
+    systems, targets = [["a", "a"], ["b", "a"], ["c", "b"]], [["a"], ["b"]]
+    found = metric.joint_statistics(systems, targets)
+    assert {each.shape for each in found} == {(2, 9)}
+    assert [metric.score(each.sum(axis=0)) for each in found] == [metric(texts, targets) for texts in systems]
+
+
 def test_what_is_refused() -> None:
     metric = get_metric("accuracy")
     with pytest.raises(DataError, match="2 and 1 outputs; expected two systems on the same rows"):
         paired_test(metric, ["a", "b"], ["a"], [["a"], ["b"]])
+    one = metric.statistics(["a", "b"], [["a"], ["b"]])
+    with pytest.raises(DataError, match="outputs for 1, 2 rows; expected systems on the same rows"):
+        paired_difference(metric, [one, one], [one, one[:1]])
     with pytest.raises(ConfigError, match="samples 0"):
         paired_test(metric, ["a"], ["a"], [["a"]], samples=0)
     with pytest.raises(ConfigError, match="confidence 1.5"):

@@ -6,6 +6,7 @@ The interval is the percentile bootstrap (Koehn 2004, W04-3250), the p-value tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -94,24 +95,61 @@ def paired_test(
 
 
 def paired_difference(
-    metric: Metric, one: Numbers, two: Numbers, samples: int = 10_000, seed: int = 0, confidence: float = 0.95
+    metric: Metric,
+    first: Numbers | Sequence[Numbers],
+    second: Numbers | Sequence[Numbers],
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    *,
+    draw_repetitions: bool = False,
 ) -> PairedDifference:
-    """`paired_test` of the numbers of each row, `[rows, numbers]`, of two systems.
+    """`paired_test` of the numbers of every row, `[rows, numbers]`, of two systems.
 
-    Where systems wrote for the same rows several times, the sums over these let each row count as one.
+    A system that wrote for the rows several times has a list of them, all as `Metric.joint_statistics` makes them, and
+    scores the mean of its repetitions. Rows are drawn, and change sides, in all repetitions alike; a repetition changes
+    sides with that of the same place, of the system that has fewer with the first ones again. With `draw_repetitions`
+    the interval, not the p-value, also tells what other repetitions would change: each system's are drawn too.
     """
     _check(samples, confidence)
-    sums, change = (one.sum(axis=0), two.sum(axis=0)), two - one
-    point = metric.score(sums[1]) - metric.score(sums[0])
-    rows, gaps, as_large = len(one), [], 0
+    sides = _repetitions(first), _repetitions(second)
+    if len(lengths := {len(each) for side in sides for each in side}) > 1:
+        raise DataError(f"outputs for {', '.join(map(str, sorted(lengths)))} rows", "systems on the same rows")
+    (rows,) = lengths
+    sums = [[each.sum(axis=0) for each in side] for side in sides]
+    means = [float(np.mean([metric.score(each) for each in side])) for side in sums]
+    point = means[1] - means[0]
+
+    generator = np.random.default_rng([seed, 2])
+    gaps: list[float] = []
     for times in _drawn(rows, samples, seed):
-        gaps += [metric.score(b) - metric.score(a) for a, b in zip(times @ one, times @ two, strict=True)]
-    for sides in _tossed(rows, samples, seed):
-        for moved in sides @ change:
-            gap = metric.score(sums[1] - moved) - metric.score(sums[0] + moved)
-            as_large += abs(gap) >= abs(point) - 1e-9 * max(1.0, abs(point))  # sums in another order round otherwise
+        one, two = (
+            _means(metric, [times @ each for each in side], generator if draw_repetitions else None) for side in sides
+        )
+        gaps += (two - one).tolist()
+
+    pairs = [(k % len(sides[0]), k % len(sides[1])) for k in range(math.lcm(*map(len, sides)))]
+    as_large = 0
+    for tosses in _tossed(rows, samples, seed):
+        moved = [tosses @ (sides[1][j] - sides[0][i]) for i, j in pairs]
+        one = _means(metric, [sums[0][i] + each for (i, _), each in zip(pairs, moved, strict=True)])
+        two = _means(metric, [sums[1][j] - each for (_, j), each in zip(pairs, moved, strict=True)])
+        # sums in another order round otherwise
+        as_large += int((abs(two - one) >= abs(point) - 1e-9 * max(1.0, abs(point))).sum())
     better = point > 0 if metric.higher_is_better else point < 0
     return PairedDifference(point, *_around(gaps, point, confidence), (1 + as_large) / (1 + samples), better)
+
+
+def _repetitions(numbers: Numbers | Sequence[Numbers]) -> list[Numbers]:
+    return [numbers] if isinstance(numbers, np.ndarray) and numbers.ndim == 2 else list(numbers)
+
+
+def _means(metric: Metric, sums: Sequence[Numbers], generator: np.random.Generator | None = None) -> Numbers:
+    """The scores `[samples]` of sums `[samples, numbers]`, over repetitions or, with a generator, over drawn ones."""
+    scores = np.array([[metric.score(each) for each in repetition] for repetition in sums])
+    count, samples = scores.shape
+    weights = None if generator is None else generator.multinomial(count, np.full(count, 1.0 / count), size=samples).T
+    return np.asarray(np.average(scores, axis=0, weights=weights))
 
 
 def _check(samples: int, confidence: float) -> None:

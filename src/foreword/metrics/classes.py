@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from foreword.errors import DataError
 from foreword.metrics.metric import Mean, Metric, Numbers, Targets
 from foreword.optional import optional
@@ -37,12 +39,10 @@ class MacroF1(Metric):
     description = "F1 of each label, averaged over the labels"
     suits = ("label",)
 
-    def paired_statistics(
-        self, first: Sequence[str], second: Sequence[str], targets: Targets
-    ) -> tuple[Numbers, Numbers]:
-        """Computed together, so that both have the same labels."""
-        both = self.statistics([*first, *second], [*targets, *targets])
-        return both[: len(targets)], both[len(targets) :]
+    def joint_statistics(self, systems: Sequence[Sequence[str]], targets: Targets) -> list[Numbers]:
+        """Computed together, so that all have the same labels."""
+        texts = [text for hypotheses in systems for text in hypotheses]
+        return np.split(self.statistics(texts, [*targets] * len(systems)), len(systems))
 
     def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
         """For each label three numbers: right, predicted, true."""

@@ -50,11 +50,16 @@ class Metric(ABC):
         _check(hypotheses, targets, self.needs)
         return np.asarray(self.row_statistics(hypotheses, targets), dtype=np.float64)
 
+    def joint_statistics(self, systems: Sequence[Sequence[str]], targets: Targets) -> list[Numbers]:
+        """The numbers of several systems' rows, such that a row of one may stand in for that of another."""
+        return [self.statistics(hypotheses, targets) for hypotheses in systems]
+
     def paired_statistics(
         self, first: Sequence[str], second: Sequence[str], targets: Targets
     ) -> tuple[Numbers, Numbers]:
-        """The numbers of two systems' rows, such that a row of one may stand in for that of the other."""
-        return self.statistics(first, targets), self.statistics(second, targets)
+        """`joint_statistics` of two systems."""
+        one, two = self.joint_statistics([first, second], targets)
+        return one, two
 
     @abstractmethod
     def row_statistics(self, hypotheses: Sequence[str], targets: Any) -> list[list[float]]:
