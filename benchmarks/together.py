@@ -1,6 +1,6 @@
 """Several prefixes trained together beside one after another: same base model, rows, batches and process.
 
-    python benchmarks/together.py             # about 15 minutes on 2 cores
+    python benchmarks/together.py             # about 20 minutes on 2 cores
     python benchmarks/together.py --quick     # a smoke test with one round; its figures mean little
 
 Both sides train the same runs, few-row samples of E2E with rows, order and seed of their own as in the low-data study:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=10, help="rows of each prefix in a step")
     parser.add_argument("--rows", type=int, default=100, help="training rows of each prefix")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each prefix in a round")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pass-rows", type=int, default=0, help="rows of a pass of all runs; 0: as foreword does")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
