@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,12 @@ def report(tmp_path: Path, jobs: list[Job], name: str = "s") -> tuple[str, str]:
     return page.read_text(), text.read_text()
 
 
+def picture(html: str, title: str) -> str:
+    """The figure of that title."""
+    (found,) = (part for part in html.split("<figure>")[1:] if part.startswith(f"<figcaption>{title}</figcaption>"))
+    return found.partition("</figure>")[0]
+
+
 def table(markdown: str, *columns: str) -> list[dict[str, str]]:
     """The rows of the first table that has these columns."""
     for block in markdown.split("\n\n"):
@@ -250,7 +258,10 @@ def test_methods_are_compared_over_the_repetitions_that_all_have(jobs: list[Job]
     assert [row["state"] for row in table(markdown, "run", "state")].count("done") == 11
     runs = {(row["method"], row["rows"]): row["runs"] for row in table(markdown, "difference", "runs")}
     assert runs["LoRA", "50 rows"] == "1" and runs["LoRA", "100 rows"] == "2"
-    assert html.count('stroke-width="2"/>') == 3, "three marks of the first chart are hollow"
+    for title in ("exact_match over rows", "exact_match against what it costs, all runs"):
+        drawn = picture(html, title)
+        hollow = drawn.count('stroke-width="2"/>')
+        assert hollow == 3 * drawn.count('class="base"'), "the three marks at 50 rows, in each picture"
 
 
 def test_what_has_no_repetition_in_common_is_not_ranked(jobs: list[Job], tmp_path: Path) -> None:
@@ -379,7 +390,9 @@ def test_the_page_and_its_markdown_say_the_same(jobs: list[Job], tmp_path: Path)
     parser.feed(html)
     assert parser.open == []
     assert "<script>alert" not in html and "http://" not in html and "src=" not in html
-    assert html.count("<svg") == 3, "scores over rows, and over parameters and seconds"
+    titles = ["exact_match over rows", "exact_match: difference to Prefix-Tuning",
+              "exact_match against what it costs, all runs"]  # fmt: skip
+    assert [part.partition("</figcaption>")[0] for part in html.split("<figcaption>")[1:]] == titles
     wanted = (
         "12 of 12 runs are done", "Methods were tuned over 4 candidates", "p (Holm)", "Published figures, e2e",
         "69.7 (70.3)", "agrees", "foreword study run s --only full,rows=50,sample=0",
@@ -390,6 +403,59 @@ def test_the_page_and_its_markdown_say_the_same(jobs: list[Job], tmp_path: Path)
         if block.startswith("|"):
             widths = {len(line.replace("\\|", "").split("|")) for line in block.splitlines()}
             assert len(widths) == 1, "rows are as wide as their header"
+
+
+def test_what_it_costs_shows_all_cells_with_their_front(jobs: list[Job], tmp_path: Path) -> None:
+    html, _ = report(tmp_path, jobs)
+    drawn = picture(html, "exact_match against what it costs, all runs")
+    root = ET.fromstring(drawn[drawn.index("<svg") :])
+    assert len(list(root.iter("g"))) == 2 * 6, "three methods at two places, in two pictures"
+    assert len([each for each in root.iter("polyline") if each.get("class") == "front"]) == 2
+    assert "trained parameters" in drawn and "seconds to train" in drawn
+
+
+def test_scores_over_parameters_join_the_sizes_of_a_method(tmp_path: Path) -> None:
+    jobs = [
+        finished(tmp_path, "lora", 0.3 + rank / 20, axis="rank", at=rank, parameters=1000 * rank) for rank in (1, 4, 8)
+    ]
+    html, _ = report(tmp_path, jobs)
+    assert picture(html, "exact_match over trained parameters for each task").count("<circle") == 3 + 1
+    assert "milliseconds to write a row over rank" in html
+    same = [finished(tmp_path / "same", "lora", 0.5, axis="rank", at=rank) for rank in (1, 4)]
+    assert "over trained parameters" not in report(tmp_path, same)[0], "one size makes no curve"
+
+
+def test_lengths_are_shown_with_their_scores_and_costs(tmp_path: Path) -> None:
+    jobs = [finished(tmp_path, "prefix", 0.5, axis="length", at=length) for length in (1, 10, 40)]
+    for job, seconds in zip(jobs, (2.0, 4.0, 8.0), strict=True):
+        edit(job, inference_seconds=seconds)
+    html, _ = report(tmp_path, jobs)
+    assert picture(html, "exact_match over length").count("<circle") == 3 + 1
+    drawn = picture(html, "milliseconds to write a row over length")
+    heights = [float(y) for y in re.findall(r'<circle cx="\S+" cy="(\S+)"', drawn)[:3]]
+    assert heights[0] > heights[1] > heights[2], "longer is dearer, and y grows downwards"
+    assert "Prefix-Tuning, 40 length: ms a row 200 [200, 200], 1 of 1 runs" in drawn
+
+
+def test_seen_stands_beside_unseen(tmp_path: Path) -> None:
+    tests = ("webnlg-seen", "webnlg-unseen", "webnlg")
+    jobs = [finished(tmp_path, label, 0.5, axis="", tests=tests, task="webnlg") for label in ("full", "prefix")]
+    scores = {"webnlg-seen": 60.0, "webnlg-unseen": 20.0, "webnlg": 40.0}
+    for job in jobs:
+        edit(job, scores={test: {"exact_match": {"value": each}} for test, each in scores.items()})
+    html, _ = report(tmp_path, jobs)
+    drawn = picture(html, "exact_match on seen and on unseen topics")
+    heights = [float(y) for y in re.findall(r'<circle cx="\S+" cy="(\S+)"', drawn)[:2]]
+    assert heights[0] < heights[1] and ">webnlg-seen</text>" in drawn and ">webnlg-unseen</text>" in drawn
+
+
+def test_scores_of_one_place_are_ranked_in_a_picture(tmp_path: Path) -> None:
+    jobs = [finished(tmp_path, label, quality, axis="") for label, quality in (("full", 0.2), ("prefix", 0.9))]
+    drawn = picture(report(tmp_path, jobs)[0], "exact_match, the best first")
+    assert drawn.index(">Prefix-Tuning</text>") < drawn.index(">Full fine-tuning</text>")
+    jobs = [finished(tmp_path / "t", each, q, axis="", metric="ter") for each, q in (("full", 0.2), ("prefix", 0.9))]
+    drawn = picture(report(tmp_path, jobs)[0], "ter, the best first")
+    assert drawn.index(">Full fine-tuning</text>") < drawn.index(">Prefix-Tuning</text>"), "their values say so here"
 
 
 def test_what_cannot_be_compared_is_an_error(jobs: list[Job]) -> None:

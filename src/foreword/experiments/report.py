@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from foreword.charts import Point, Series, chart
 from foreword.experiments.comparisons import Difference, difference, holm, p_text, rises
 from foreword.experiments.expectations import expectations
-from foreword.experiments.parts import Amount, Figure, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
+from foreword.experiments.parts import Amount, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
+from foreword.experiments.pictures import costs, differences, over_parameters, scores, seen_and_unseen, trade
 from foreword.experiments.plan import Study
 from foreword.experiments.published import published_for
 from foreword.experiments.records import read_record
-from foreword.experiments.results import Cell, Results, recorded
-from foreword.methods import METHODS
+from foreword.experiments.results import Cell, Results, recorded, titled
 from foreword.pages import save_page
 from foreword.storage import write_atomic
 
@@ -58,7 +57,7 @@ def _summary(results: Results, done: int) -> list[str]:
             metric = results.metrics(panel, test)[0]
             for place in results.places(panel):
                 told = ", ".join(_ranked(results.of(panel, place=place), test, metric)[:3])
-                where = "; ".join(filter(None, (panel, "" if test == "test" else test, _at(results, place)))) or test
+                where = "; ".join(filter(None, (panel, "" if test == "test" else test, results.at(place)))) or test
                 if results.comparable(panel, place):
                     lines.append(f"{where}: best {metric} {told}.")
                 else:
@@ -84,39 +83,18 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
         title = " ".join(filter(None, (panel, "" if test == "test" else test)))
         yield Heading(f"Scores{f', {title}' if title else ''}")
         metrics = results.metrics(panel, test)
-        if len(results.places(panel)) > 1:
-            yield from _over_places(results, panel, test, metrics[0])
+        yield from scores(results, panel, test, metrics[0])
         for place in results.places(panel):
             cells = [cell for cell in results.of(panel, place=place) if any(cell.score(test, each) for each in metrics)]
             if cells:
-                yield Text(
-                    f"{_at(results, place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}."
-                )
-                yield from _scores(cells, test, metrics)
+                yield Text(f"{results.at(place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}.")
+                yield from _table(cells, test, metrics)
         yield from _differences(results, panel, test, metrics[0])
+    yield from seen_and_unseen(results, panel)
     yield from _costs(results, panel)
 
 
-def _over_places(results: Results, panel: str, test: str, metric: str) -> Iterator[Figure]:
-    series = []
-    for label in results.labels:
-        cells = results.of(panel, label)
-        points = []
-        for cell in cells:
-            score = cell.score(test, metric)
-            if cell.place is not None and score is not None:
-                said = f"{cell.title}, {_at(results, cell.place)}: {metric} {score}"
-                points.append(Point(cell.place, score.mean, score.low, score.high, said, hollow=not cell.whole))
-        if points:
-            series.append(Series(cells[0].title, points))
-    if series:
-        log = min(point.x for each in series for point in each.points) > 0
-        title = f"{metric} over {results.place}"
-        note = "Hollow marks: not all planned runs." if any(p.hollow for each in series for p in each.points) else ""
-        yield Figure(chart(title, series, x_label=results.place, y_label=metric, log_x=log), note)
-
-
-def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Iterator[Part]:
+def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Iterator[Part]:
     """The cells of a place, with their scores, sizes and times."""
     tuned = any(cell.candidates > 1 for cell in cells)
     numbers: dict[str, Callable[[Cell], Amount | str]] = {
@@ -125,13 +103,13 @@ def _scores(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Iterato
         "bytes": lambda cell: _amount(cell.mean("num_bytes")),
         "training s": lambda cell: _amount(cell.mean("train_seconds")),
         **({"tuning s": lambda cell: _amount(cell.mean("tuning_seconds"))} if tuned else {}),
-        "ms a row": lambda cell: _amount(cell.inference_ms),
+        "ms a row": lambda cell: _amount(cell.inference_ms.mean if cell.inference_ms else None),
     }
     rows: list[list[Value]] = []
     for cell in cells:
-        scores = [cell.score(test, metric) or "" for metric in metrics]
+        own = [cell.score(test, metric) or "" for metric in metrics]
         runs = Shown(str(len(cell.results)) + ("" if cell.whole else f" of {len(cell.planned)}"), len(cell.results))
-        rows.append([cell.title, runs, *scores, *(number(cell) for number in numbers.values())])
+        rows.append([cell.title, runs, *own, *(number(cell) for number in numbers.values())])
     yield Table(["method", "runs", *metrics, *numbers], rows)
     if tuned:
         yield Text(
@@ -147,7 +125,7 @@ def _amount(value: float | None, decimals: int = 0) -> Amount | str:
 
 def _differences(results: Results, panel: str, test: str, metric: str) -> Iterator[Part]:
     """Each method against the reference, at each place, with p-values that count how many are compared."""
-    reference = _REFERENCE if _REFERENCE in results.labels else results.labels[0]
+    reference = _reference(results)
     found: list[Difference] = []
     for place in results.places(panel):
         cells = [cell for cell in results.of(panel, place=place) if cell.score(test, metric)]
@@ -163,41 +141,36 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
         "bootstrap interval over rows (95 %), and p by approximate randomization, corrected by Holm for the "
         f"{len(found)} differences of this table. Neither knows how samples of training rows differ."
     )
+    yield from differences(found, corrected, results)
     rows: list[list[Value]] = []
     for each, p in zip(found, corrected, strict=True):
         shown = Shown(each.shown, each.found.difference)
         rows.append(
-            [each.second.title, _at(results, each.second.place), each.runs, shown, each.interval, Shown(p_text(p), p)]
+            [each.second.title, results.at(each.second.place), each.runs, shown, each.interval, Shown(p_text(p), p)]
         )
     yield Table(["method", results.place or "", "runs", "difference", "interval", "p (Holm)"], rows)
 
 
+def _reference(results: Results) -> str:
+    """The label that the others are compared with: a prefix, where there is one."""
+    own = [cell.label for cell in results.cells if cell.family == _REFERENCE]
+    return _REFERENCE if _REFERENCE in own else next(iter(own), results.labels[0])
+
+
 def _costs(results: Results, panel: str) -> Iterator[Part]:
-    """Score against what a method stores and how long it trains, where most rows are."""
-    place = results.places(panel)[-1]
+    """Scores against what is stored and how long it trains and writes."""
     tests = results.tests(panel)
-    if not tests:
+    if not tests or len(results.of(panel)) < 2:
         return
     metric = results.metrics(panel, tests[0])[0]
-    cells = [(cell, score) for cell in results.of(panel, place=place) if (score := cell.score(tests[0], metric))]
-    if len(cells) < 2:
-        return
-    yield Heading("What it costs")
-    for key, label, log in (
-        ("parameters", "trained parameters for each task", True),
-        ("train_seconds", "seconds of training", True),
-    ):
-        series = []
-        for cell, found in cells:
-            x = cell.mean(key)
-            if x:  # nothing is trained where only prompts are written
-                said = f"{cell.title}: {x:,.0f} {label}, {metric} {found}"
-                series.append(Series(cell.title, [Point(x, found.mean, found.low, found.high, said)]))
-        if len(series) > 1:
-            title = f"{metric} against {label}" + (f", {_at(results, place)}" if place is not None else "")
-            front = rises(metric)
-            figure = chart(title, series, x_label=label, y_label=metric, log_x=log, joined=False, front=front)
-            yield Figure(figure, "The dotted line joins those that no other beats in both." if front else "")
+    figures = [
+        *trade(results, panel, tests[0], metric),
+        *over_parameters(results, panel, tests[0], metric),
+        *costs(results, panel),
+    ]
+    if figures:
+        yield Heading(f"What it costs{f', {panel}' if panel else ''}")
+        yield from figures
 
 
 def _expected(results: Results) -> Iterator[Part]:
@@ -232,7 +205,7 @@ def _published(results: Results) -> Iterator[Part]:
         rows = []
         for each in found:
             told = [_revised(each.scores.get(name), each.revised.get(name)) for name in metrics]
-            rows.append([_titled(each.method), each.test, *told])
+            rows.append([titled(each.method), each.test, *told])
         yield Table(["method", "test", *metrics], rows)
 
 
@@ -292,14 +265,6 @@ def _circumstances(results: Results) -> list[str]:
         when = f", from {min(starts)} to {max(ends)}" if starts and ends else ""
         lines.append(f"{len(seconds)} runs took {minutes // 60} h {minutes % 60:02} min{when}")
     return [*lines, *known["versions"], *known["code"]]
-
-
-def _titled(method: str) -> str:
-    return METHODS[method].title if method in METHODS else method
-
-
-def _at(results: Results, place: float | None) -> str:
-    return "" if place is None else f"{place:g} {results.place}"
 
 
 def _repeated(cells: Sequence[Cell], comparable: bool) -> str:

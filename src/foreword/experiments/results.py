@@ -18,7 +18,7 @@ from foreword.experiments.records import Job, read_record, read_result
 from foreword.methods import METHODS
 from foreword.metrics import number_format
 
-__all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
+__all__ = ["Cell", "Results", "Spread", "gather", "recorded", "titled"]
 
 Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
@@ -63,9 +63,13 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The label with the name of its method, where the study's file is called by one."""
-        stem, _, rest = self.label.partition(" ")
-        return f"{METHODS[stem].title} {rest}".strip() if stem in METHODS else self.label
+        """The label with the name of its method."""
+        return titled(self.label)
+
+    @property
+    def family(self) -> str:
+        """The file of the study that it comes from, whatever its options."""
+        return self.label.partition(" ")[0]
 
     def option(self, name: str) -> Any:
         """An option of the method: as it is set, else its default; None for one that the method does not have."""
@@ -101,10 +105,13 @@ class Cell:
         return max((len(each.get("candidates", ())) for each in self.results.values()), default=0)
 
     @property
-    def inference_ms(self) -> float | None:
-        """Milliseconds to write for a row."""
-        seconds, rows = self.mean("inference_seconds"), self.mean("inference_rows")
-        return 1000 * seconds / rows if seconds is not None and rows else None
+    def inference_ms(self) -> Spread | None:
+        """Milliseconds to write for a row; None unless all runs say."""
+        pairs = [(each.get("inference_seconds"), each.get("inference_rows")) for each in self.results.values()]
+        values = [1000 * seconds / rows for seconds, rows in pairs if seconds is not None and rows]
+        if len(values) < len(pairs):
+            return None
+        return Spread(statistics.fmean(values), min(values), max(values), len(values), ",.0f")
 
     @property
     def has_texts(self) -> bool:
@@ -157,6 +164,10 @@ class Results:
         found = {cell.place for cell in self.of(panel)}
         return sorted(found, key=lambda place: -1.0 if place is None else place)
 
+    def at(self, place: float | None) -> str:
+        """A place in words."""
+        return "" if place is None else f"{place:g} {self.place}"
+
     def comparable(self, panel: str, place: float | None) -> bool:
         """Whether the cells at a place are over the same repetitions, as far as these are planned for them."""
         cells = [cell for cell in self.of(panel) if cell.place == place]
@@ -171,6 +182,16 @@ class Results:
         """The metrics of a test, the main one of the first cell first."""
         scores = [_found(each, "scores", test) for cell in self.of(panel) for each in cell.results.values()]
         return list(dict.fromkeys(name for each in scores if isinstance(each, dict) for name in each))
+
+
+def titled(label: str) -> str:
+    """A label with the name of its method, where the study's file is called by one.
+
+    >>> titled("lora rank 8"), titled("related")
+    ('LoRA rank 8', 'related')
+    """
+    stem, _, rest = label.partition(" ")
+    return f"{METHODS[stem].title} {rest}".strip() if stem in METHODS else label
 
 
 def gather(jobs: Iterable[Job]) -> Results:
