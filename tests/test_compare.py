@@ -21,11 +21,12 @@ from tests.test_plots import Reader
 from tests.tiny import tiny_base, tiny_model, tiny_tokenizer
 
 import foreword as fw
-from foreword.compare import compare, method_words, paired_difference, short_names
+from foreword.compare import compare, method_words, short_names
 from foreword.cost import attention_costs, forward_seconds, query_heads
 from foreword.errors import ConfigError, DataError, PrefixError, RunError
 from foreword.evaluate import Evaluation, evaluate
-from foreword.metrics import get_metric
+from foreword.metrics import PairedDifference, get_metric
+from foreword.metrics.bootstrap import paired_difference
 from foreword.prefix import Prefix, Site, SiteTensors
 from foreword.probe import probe
 from foreword.seeds import spread, train_seeds
@@ -139,22 +140,27 @@ def test_short_names_tell_paths_apart(parts: list[list[str]]) -> None:
 # ---- Differences
 
 
+def gap(first: list[list[str]], second: list[list[str]], targets: list[list[str]]) -> PairedDifference:
+    """How the accuracy of several seeds differs, as `compare` asks."""
+    numbers = get_metric("accuracy").joint_statistics([*first, *second], targets)
+    one, two = numbers[: len(first)], numbers[len(first) :]
+    return paired_difference(get_metric("accuracy"), one, two, samples=1000, draw_repetitions=True)
+
+
 def test_a_paired_difference_of_one_seed_is_that_of_the_rows() -> None:
-    accuracy = get_metric("accuracy")
     random = np.random.default_rng(0)
     targets = [["a"]] * 200
     first = ["a" if x < 0.6 else "b" for x in random.random(200)]
     second = ["a" if x < 0.8 else "b" for x in random.random(200)]
-    found = paired_difference(accuracy, [first], [second], targets)
+    found = gap([first], [second], targets)
     rows = np.array([100.0 * ((b == "a") - (a == "a")) for a, b in zip(first, second, strict=True)])
-    assert found.value == pytest.approx(rows.mean())
+    assert found.difference == pytest.approx(rows.mean())
     error = rows.std() / math.sqrt(200)
-    assert found.low == pytest.approx(found.value - 1.96 * error, abs=1.0)
-    assert found.high == pytest.approx(found.value + 1.96 * error, abs=1.0)
-    turned = paired_difference(accuracy, [second], [first], targets)
-    assert (turned.value, turned.low, turned.high) == pytest.approx((-found.value, -found.high, -found.low))
-    same = paired_difference(accuracy, [first], [first], targets)
-    assert same == (0.0, 0.0, 0.0)
+    assert found.low == pytest.approx(found.difference - 1.96 * error, abs=1.0)
+    assert found.high == pytest.approx(found.difference + 1.96 * error, abs=1.0)
+    turned = gap([second], [first], targets)
+    assert (turned.difference, turned.low, turned.high) == pytest.approx((-found.difference, -found.high, -found.low))
+    assert gap([first], [first], targets)[:4] == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_rows_in_common_make_a_difference_surer_and_seeds_less_sure() -> None:
@@ -164,13 +170,13 @@ def test_rows_in_common_make_a_difference_surer_and_seeds_less_sure() -> None:
     first = ["a" if x < 0.5 else "b" for x in random.random(300)]
     better = ["a" if a == "a" or x < 0.1 else "b" for a, x in zip(first, random.random(300), strict=True)]
     shuffled = list(random.permutation(np.array(better)))
-    paired, apart = (paired_difference(accuracy, [first], [each], targets) for each in (better, shuffled))
+    paired, apart = (gap([first], [each], targets) for each in (better, shuffled))
     assert paired.low > 0 and paired.high - paired.low < (apart.high - apart.low) / 2
     worse = ["b" if x < 0.4 else a for a, x in zip(first, random.random(300), strict=True)]
-    several = paired_difference(accuracy, [first, first], [better, worse], targets)
+    several = gap([first, first], [better, worse], targets)
     assert several.high - several.low > 2 * (paired.high - paired.low)
     whole = spread(accuracy, [better, worse], targets).mean - spread(accuracy, [first], targets).mean
-    assert several.value == pytest.approx(whole)
+    assert several.difference == pytest.approx(whole)
 
 
 def test_differences_are_from_the_first_and_of_the_same_rows(runs: Path) -> None:
@@ -181,9 +187,11 @@ def test_differences_are_from_the_first_and_of_the_same_rows(runs: Path) -> None
     scores = [entry.scores["accuracy"] for entry in found.entries]
     assert found.differences[0].value == pytest.approx(scores[1].value - scores[0].value)  # type: ignore[union-attr]
     assert found.differences[2].value == pytest.approx(scores[2].mean - scores[0].value)  # type: ignore[union-attr]
-    assert found.differences[0].rows == 9
+    assert found.differences[0].rows == 9 and all(0 < each.p_value <= 1 for each in found.differences)
+    assert str(found.differences[0]).endswith(f", p = {found.differences[0].p_value:.3f}")
     assert any(note.startswith("2 differences") for note in found.notes)
     assert any("of a single seed" in note for note in found.notes)
+    assert any("of several seeds" in note for note in found.notes)
     alone = compare([runs / "seeds", runs / "seeds"])
     assert not any("of a single seed" in note for note in alone.notes)
 
@@ -197,11 +205,37 @@ def test_other_rows_and_other_tasks_are_not_compared(own: Path) -> None:
     assert found.notes[0] == "plain and apt are not comparable: they were scored on different rows (9 and 9)"
     path.write_text(json.dumps({**scored, "outputs": scored["outputs"][:-1]}))
     assert "could use different rows of the split" in compare([own / "apt", own / "plain"]).notes[0]
-    path.write_text(json.dumps(scored))
-    config = own / "plain" / "config.json"
-    known = json.loads(config.read_text())
-    config.write_text(json.dumps({**known, "identity": {**known["identity"], "task": "rte"}}))
-    assert "not comparable: tasks rte and toy-classification" in compare([own / "apt", own / "plain"]).notes[0]
+    path.write_text(json.dumps({**scored, "task": "rte"}))
+    found = compare([own / "apt", own / "plain"])
+    assert "not comparable: tasks rte and toy-classification" in found.notes[0]
+    assert found.entries[1].task == "rte", "scores of other rows do not pass for those of the task of training"
+    assert "plain: trained for toy-classification, scored on rte" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "other", "reason"),
+    [
+        ({"max_new_tokens": 8, "stop": ["\n"]}, {"max_new_tokens": 8, "stop": ["\n"], "num_beams": 1}, ""),
+        ({"max_new_tokens": 8}, {"max_new_tokens": 8, "num_beams": 5}, "they were written with num_beams 5 and 1"),
+        ({"max_new_tokens": 8}, {"max_new_tokens": 9}, "they were written with max_new_tokens 9 and 8"),
+        ({"stop": ["\n"]}, {"stop": []}, "they were written with stop [] and ['\\n']"),
+    ],
+)
+def test_texts_that_were_written_in_other_ways_are_not_compared(
+    own: Path, options: dict[str, Any], other: dict[str, Any], reason: str
+) -> None:
+    def rewrite(run: Path, generation: dict[str, Any]) -> Path:
+        scored = json.loads((run / "evaluation.json").read_text())
+        (run / "evaluation.json").write_text(json.dumps({**scored, "generation": generation}))
+        return run
+
+    found = compare([rewrite(own / "apt", options), rewrite(own / "plain", other)])
+    assert bool(found.differences) == (not reason)
+    assert not reason or f"plain and apt are not comparable: {reason}" in found.notes
+    rewrite(own / "seeds" / "seed0", options), rewrite(own / "seeds" / "seed1", other)
+    (entry,) = compare([own / "seeds"]).entries
+    assert bool(entry.scores) == (not reason)
+    assert entry.notes == ([f"the scores of its seeds do not go together: {reason}"] if reason else [])
 
 
 # ---- Cost

@@ -314,8 +314,8 @@ def test_scores_are_written_with_their_digits() -> None:
     assert [number_format(name) for name in ("nist", "cider", "bleu", "bertscore:x")] == [".2f", ".2f", ".1f", ".1f"]
     assert format(Interval(8.6094, 8.5, 8.7123), number_format("nist")) == "8.61 [8.50, 8.71]"
     assert str(Interval(65.934, 64.0, 67.0)) == "65.9 [64.0, 67.0]"
-    assert str(Difference("b", "a", "cider", 0.126, -0.1, 0.2, 5)) == "+0.13 [-0.10, +0.20]"
-    assert str(Difference("b", "a", "bleu", 0.126, -0.1, 0.2, 5)) == "+0.1 [-0.1, +0.2]"
+    assert str(Difference("b", "a", "cider", 0.126, -0.1, 0.2, 0.0304, 5)) == "+0.13 [-0.10, +0.20], p = 0.030"
+    assert str(Difference("b", "a", "bleu", 0.126, -0.1, 0.2, 0.0009, 5)) == "+0.1 [-0.1, +0.2], p < 0.001"
 
 
 def test_rows_that_do_not_match_are_refused() -> None:

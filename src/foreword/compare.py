@@ -13,21 +13,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from foreword.artifact import HEADER, load_prefix
 from foreword.base import BaseModel
 from foreword.cost import Cost, Forward, attention_costs, forward_seconds, query_heads
 from foreword.errors import ConfigError, RunError
 from foreword.evaluate import Evaluation, Interval
-from foreword.metrics import Metric, get_metric, number_format
+from foreword.metrics import get_metric, number_format
+from foreword.metrics.bootstrap import paired_difference
 from foreword.prefix import Prefix
 from foreword.runs import CONFIG, EVALUATION, PREFIX, SUMMARY, is_run
 from foreword.seeds import Spread, spreads
 
 __all__ = [
-    "LEGEND", "Comparison", "Difference", "Entry", "compare", "method_words", "paired_difference", "seed_folders",
-    "short_names",
+    "LEGEND", "Comparison", "Difference", "Entry", "compare", "method_words", "seed_folders", "short_names",
 ]  # fmt: skip
 
 OPEN = "–"
@@ -39,7 +37,10 @@ LEGEND = (
 
 
 class Difference(NamedTuple):
-    """How much higher one entry scores than another on the same rows, with the ends of the 95 % interval."""
+    """How much higher one entry scores than another on the same rows, with the ends of the 95 % interval.
+
+    `p_value` is two-sided: how often entries that do not differ would seem to differ as much.
+    """
 
     name: str
     against: str
@@ -47,6 +48,7 @@ class Difference(NamedTuple):
     value: float
     low: float
     high: float
+    p_value: float
     rows: int
 
     @property
@@ -56,7 +58,8 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         spec = f"+{number_format(self.metric)}"
-        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        p_value = "< 0.001" if self.p_value < 0.001 else f"= {self.p_value:.3f}"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}], p {p_value}"
 
 
 @dataclass
@@ -240,7 +243,9 @@ def _run_entry(path: Path, name: str, split: str) -> Entry:
     if scores.is_file():
         entry.evaluations = [Evaluation.load(scores)]
         entry.scores = dict(entry.evaluations[0].scores)
-        entry.task = entry.task or entry.evaluations[0].task
+        if entry.task not in ("", entry.evaluations[0].task):
+            entry.notes.append(f"trained for {entry.task}, scored on {entry.evaluations[0].task}")
+        entry.task = entry.evaluations[0].task
     else:
         dev, metric = summary.get("best_dev_score"), summary.get("score")
         known = f" (dev {metric} {dev:.1f})" if dev is not None else ""
@@ -261,11 +266,13 @@ def _seeds_entry(path: Path, name: str, folders: Sequence[Path], split: str) -> 
         known = [getattr(run, seconds) for run in runs if getattr(run, seconds) is not None]
         setattr(entry, seconds, statistics.fmean(known) if known else None)
     kept = summary.get("scores") if split == "test" and len(summary.get("seeds", ())) == len(runs) else None
-    same = len({each.data_sha256 for each in entry.evaluations}) == 1
+    unlike = _unlike(entry.evaluations) if entry.evaluations else ""
     entry.scores = {}
-    if kept:
+    if unlike:
+        entry.notes.append(f"the scores of its seeds do not go together: {unlike}")
+    elif kept:
         entry.scores = {metric: Spread(**{**s, "per_seed": tuple(s["per_seed"])}) for metric, s in kept.items()}
-    elif same and len(entry.evaluations) == len(runs) and _ids_agree(entry.evaluations):
+    elif len(entry.evaluations) == len(runs):
         entry.scores = dict(spreads(entry.evaluations))
     return entry
 
@@ -335,39 +342,6 @@ def method_words(prefix: Prefix, options: Mapping[str, Any]) -> str:
 # Differences
 
 
-def paired_difference(
-    metric: Metric,
-    first: Sequence[Sequence[str]],
-    second: Sequence[Sequence[str]],
-    targets: Any,
-    samples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """How much higher the second scores than the first, each with the answers of one seed or several to the same rows.
-
-    Scores are means over seeds. The interval is a paired bootstrap: every sample draws rows, the same for both, and
-    seeds, for each by itself. Source: Koehn 2004, W04-3250.
-
-    >>> paired_difference(get_metric("accuracy"), [["a", "b"]], [["a", "a"]], [["a"], ["a"]]).value
-    50.0
-    """
-    sides = [[metric.statistics(answers, targets) for answers in side] for side in (first, second)]
-    points = [statistics.fmean(float(metric.score(each.sum(axis=0))) for each in side) for side in sides]
-    generator = np.random.default_rng(seed)
-    rows = len(targets)
-    gaps = []
-    for _ in range(samples):
-        times = generator.multinomial(rows, np.full(rows, 1.0 / rows))
-        means = []
-        for side in sides:
-            drawn, counts = np.unique(generator.integers(len(side), size=len(side)), return_counts=True)
-            means.append(np.average([metric.score(times @ side[each]) for each in drawn], weights=counts))
-        gaps.append(float(means[1] - means[0]))
-    value = points[1] - points[0]
-    low, high = np.percentile(gaps, [2.5, 97.5])
-    return Interval(value, min(float(low), value), max(float(high), value))
-
-
 def _differences(entries: Sequence[Entry], samples: int) -> tuple[list[Difference], list[str]]:
     """Every entry against the first, and why that cannot be done for some."""
     first, found, notes = entries[0], [], []
@@ -379,21 +353,31 @@ def _differences(entries: Sequence[Entry], samples: int) -> tuple[list[Differenc
         if not (first.evaluations and other.evaluations):
             continue  # the entry's own note says that there is no score
         rows = first.evaluations[0].outputs
-        sides = [[[row.text for row in each.outputs] for each in entry.evaluations] for entry in (first, other)]
+        answers = [[row.text for row in each.outputs] for each in (*first.evaluations, *other.evaluations)]
         for name in first.evaluations[0].scores:
             metric = get_metric(name)
-            targets = [row.prompt if metric.needs == "sources" else row.references for row in rows]
-            gap = paired_difference(metric, sides[0], sides[1], targets, samples)
-            found.append(Difference(other.name, first.name, name, *gap, len(rows)))
+            targets: Any = [row.prompt if metric.needs == "sources" else row.references for row in rows]
+            numbers, runs = metric.joint_statistics(answers, targets), len(first.evaluations)
+            gap = paired_difference(metric, numbers[:runs], numbers[runs:], samples, draw_repetitions=True)
+            found.append(Difference(other.name, first.name, name, *gap[:4], len(rows)))
     if found:
-        notes.insert(0, f"Δ: how much higher than {first.name}, paired over rows, with 95 % bootstrap intervals")
+        notes.insert(
+            0,
+            f"Δ: how much higher than {first.name}, paired over rows, with 95 % bootstrap intervals and the p-values "
+            "of exchanged rows",
+        )
     compared = {each.name for each in found}
     if len(compared) > 1:
         notes.append(
-            f"{len(compared)} differences: each interval holds by itself; by chance 1 in 20 leaves out a true 0"
+            f"{len(compared)} differences: each interval and p-value holds by itself; by chance 1 in 20 leaves out a "
+            "true 0"
         )
     if found and any(entry.seeds == 1 for entry in entries if entry.evaluations):
         notes.append("of a single seed the interval tells what other rows would change, not what other seeds would")
+    if found and any(entry.seeds > 1 for entry in entries if entry.evaluations):
+        notes.append(
+            "of several seeds the interval tells what other seeds would change too, the p-value only other rows"
+        )
     return found, notes
 
 
@@ -403,10 +387,20 @@ def _not_comparable(first: Entry, other: Entry) -> str:
         return f"tasks {other.task} and {first.task}"
     if not (first.evaluations and other.evaluations):
         return ""
-    every = [*first.evaluations, *other.evaluations]
-    if len({each.data_sha256 for each in every}) > 1:
-        return f"they were scored on different rows ({len(other.evaluations[0].outputs)} and {len(every[0].outputs)})"
-    return "" if _ids_agree(every) else "they could use different rows of the split"
+    return _unlike([*first.evaluations, *other.evaluations])
+
+
+def _unlike(evaluations: Sequence[Evaluation]) -> str:
+    """How evaluations differ in what their scores depend on besides the prefix; empty if they do not."""
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        one, two = first.protocol, other.protocol
+        if one["data_sha256"] != two["data_sha256"]:
+            return f"they were scored on different rows ({len(other.outputs)} and {len(first.outputs)})"
+        for option in {**one, **two}:
+            if one.get(option) != two.get(option):
+                return f"they were written with {option} {two.get(option)} and {one.get(option)}"
+    return "" if _ids_agree(evaluations) else "they could use different rows of the split"
 
 
 def _ids_agree(evaluations: Sequence[Evaluation]) -> bool:

@@ -82,6 +82,15 @@ class Evaluation:
     parameters: dict[str, int] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What evaluations have in common whose scores can be held against each other: the rows, and how to write.
+
+        Beams that are not named are one.
+        """
+        rows = {"task": self.task, "split": self.split, "data_sha256": self.data_sha256}
+        return {**rows, **({"num_beams": 1, **self.generation} if self.generation else {})}
+
     def to_dict(self, outputs: bool = True) -> dict[str, Any]:
         """Plain values for JSON."""
         plain = asdict(self)

@@ -28,7 +28,7 @@ def compare(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Compare runs: scores with intervals, paired differences from the first, sizes, training time, inference cost.
+    """Compare runs: scores with intervals, paired differences from the first with p-values, sizes, times, costs.
 
     foreword compare runs/rte-apt runs/rte-plain
     foreword compare runs/* --measure --markdown
