@@ -277,6 +277,17 @@ def test_what_has_no_repetition_in_common_is_not_ranked(jobs: list[Job], tmp_pat
     assert rows == ["Full fine-tuning", "Prefix-Tuning", "LoRA"]
 
 
+def test_files_are_called_by_their_method_where_it_has_no_other_file(tmp_path: Path) -> None:
+    jobs = [
+        finished(tmp_path, label, 0.5, axis="", method=method)
+        for label, method in (("prompt", "prompt_tuning"), ("prefix", "prefix"), ("related", "prefix"), ("own", "own"))
+    ]
+    assert [cell.title for cell in gather(jobs).cells] == ["Prompt tuning", "Prefix-Tuning", "related", "own"]
+    one = finished(tmp_path / "b", "small", 0.5, axis="rank", at=1, method="lora", targets="all")
+    job = Job("small,rank=1,targets=all", one.config, "m:f", "c", "d", one.folder)
+    assert [(cell.title, cell.place) for cell in gather([job]).cells] == [("LoRA targets all", 1.0)]
+
+
 def test_methods_that_plan_fewer_repetitions_are_whole(jobs: list[Job], tmp_path: Path) -> None:
     """A method without training has one run; that takes nothing from the others."""
     alone = finished(tmp_path, "zero_shot", 0.1)
@@ -434,7 +445,7 @@ def test_lengths_are_shown_with_their_scores_and_costs(tmp_path: Path) -> None:
     drawn = picture(html, "milliseconds to write a row over length")
     heights = [float(y) for y in re.findall(r'<circle cx="\S+" cy="(\S+)"', drawn)[:3]]
     assert heights[0] > heights[1] > heights[2], "longer is dearer, and y grows downwards"
-    assert "Prefix-Tuning, 40 length: ms a row 200 [200, 200], 1 of 1 runs" in drawn
+    assert "Prefix-Tuning, length 40: ms a row 200 [200, 200], 1 of 1 runs" in drawn
 
 
 def test_seen_stands_beside_unseen(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from foreword.charts import Point, Series, View, chart, dots, side_by_side
 from foreword.experiments.comparisons import Difference, p_text, rises
 from foreword.experiments.parts import Figure
-from foreword.experiments.results import Cell, Results, Spread, titled
+from foreword.experiments.results import Cell, Results, Spread
 
 __all__ = ["costs", "differences", "over_parameters", "scores", "seen_and_unseen", "trade"]
 
@@ -166,7 +166,8 @@ def _seconds(cells: Sequence[Cell]) -> tuple[Callable[[Cell], float | None], str
 def _families(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
     """The cells of each file of the study, under its name."""
     for family in dict.fromkeys(cell.family for cell in cells):
-        yield titled(family), [cell for cell in cells if cell.family == family]
+        members = [cell for cell in cells if cell.family == family]
+        yield members[0].method, members
 
 
 def _bars(cells: Sequence[Cell]) -> str:

@@ -17,7 +17,8 @@ from foreword.experiments.pictures import costs, differences, over_parameters, s
 from foreword.experiments.plan import Study
 from foreword.experiments.published import published_for
 from foreword.experiments.records import read_record
-from foreword.experiments.results import Cell, Results, recorded, titled
+from foreword.experiments.results import Cell, Results, recorded
+from foreword.methods import METHODS
 from foreword.pages import save_page
 from foreword.storage import write_atomic
 
@@ -88,13 +89,18 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
             cells = [cell for cell in results.of(panel, place=place) if any(cell.score(test, each) for each in metrics)]
             if cells:
                 yield Text(f"{results.at(place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}.")
-                yield from _table(cells, test, metrics)
+                yield _table(cells, test, metrics)
+        if any(cell.candidates > 1 for cell in results.of(panel)):
+            yield Text(
+                "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes "
+                "that were tuned together share their time: each has the part that its tokens are of all."
+            )
         yield from _differences(results, panel, test, metrics[0])
     yield from seen_and_unseen(results, panel)
     yield from _costs(results, panel)
 
 
-def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Iterator[Part]:
+def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
     """The cells of a place, with their scores, sizes and times."""
     tuned = any(cell.candidates > 1 for cell in cells)
     numbers: dict[str, Callable[[Cell], Amount | str]] = {
@@ -110,12 +116,7 @@ def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Iterator
         own = [cell.score(test, metric) or "" for metric in metrics]
         runs = Shown(str(len(cell.results)) + ("" if cell.whole else f" of {len(cell.planned)}"), len(cell.results))
         rows.append([cell.title, runs, *own, *(number(cell) for number in numbers.values())])
-    yield Table(["method", "runs", *metrics, *numbers], rows)
-    if tuned:
-        yield Text(
-            "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes that "
-            "were tuned together share their time: each has the part that its tokens are of all."
-        )
+    return Table(["method", "runs", *metrics, *numbers], rows)
 
 
 def _amount(value: float | None, decimals: int = 0) -> Amount | str:
@@ -145,9 +146,8 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     rows: list[list[Value]] = []
     for each, p in zip(found, corrected, strict=True):
         shown = Shown(each.shown, each.found.difference)
-        rows.append(
-            [each.second.title, results.at(each.second.place), each.runs, shown, each.interval, Shown(p_text(p), p)]
-        )
+        runs = Shown(str(each.runs), each.runs)
+        rows.append([each.second.title, results.at(each.second.place), runs, shown, each.interval, Shown(p_text(p), p)])
     yield Table(["method", results.place or "", "runs", "difference", "interval", "p (Holm)"], rows)
 
 
@@ -205,7 +205,7 @@ def _published(results: Results) -> Iterator[Part]:
         rows = []
         for each in found:
             told = [_revised(each.scores.get(name), each.revised.get(name)) for name in metrics]
-            rows.append([titled(each.method), each.test, *told])
+            rows.append([_title(each.method), each.test, *told])
         yield Table(["method", "test", *metrics], rows)
 
 
@@ -265,6 +265,10 @@ def _circumstances(results: Results) -> list[str]:
         when = f", from {min(starts)} to {max(ends)}" if starts and ends else ""
         lines.append(f"{len(seconds)} runs took {minutes // 60} h {minutes % 60:02} min{when}")
     return [*lines, *known["versions"], *known["code"]]
+
+
+def _title(method: str) -> str:
+    return METHODS[method].title if method in METHODS else method
 
 
 def _repeated(cells: Sequence[Cell], comparable: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -18,7 +19,7 @@ from foreword.experiments.records import Job, read_record, read_result
 from foreword.methods import METHODS
 from foreword.metrics import number_format
 
-__all__ = ["Cell", "Results", "Spread", "gather", "recorded", "titled"]
+__all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
 
 Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
@@ -45,11 +46,13 @@ class Spread(NamedTuple):
 class Cell:
     """Runs that differ in their sample and seed only; `results` and `folders` go by these two.
 
-    `planned` are the repetitions that the study asks for, done or not.
+    `label` is the name of the study's file and what else differs, `method` that of its method in words. `planned` are
+    the repetitions that the study asks for, done or not.
     """
 
     panel: str
     label: str
+    method: str
     place: float | None
     config: dict[str, Value]
     planned: frozenset[Repetition] = field(repr=False)
@@ -63,8 +66,8 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The label with the name of its method."""
-        return titled(self.label)
+        """The label in words."""
+        return f"{self.method} {self.label.partition(' ')[2]}".strip()
 
     @property
     def family(self) -> str:
@@ -166,7 +169,11 @@ class Results:
 
     def at(self, place: float | None) -> str:
         """A place in words."""
-        return "" if place is None else f"{place:g} {self.place}"
+        if place is None:
+            return ""
+        if self.place == "fraction":
+            return f"{100 * place:g} % of the rows"
+        return f"{place:g} rows" if self.place == "rows" else f"{self.place} {place:g}"
 
     def comparable(self, panel: str, place: float | None) -> bool:
         """Whether the cells at a place are over the same repetitions, as far as these are planned for them."""
@@ -184,16 +191,6 @@ class Results:
         return list(dict.fromkeys(name for each in scores if isinstance(each, dict) for name in each))
 
 
-def titled(label: str) -> str:
-    """A label with the name of its method, where the study's file is called by one.
-
-    >>> titled("lora rank 8"), titled("related")
-    ('LoRA rank 8', 'related')
-    """
-    stem, _, rest = label.partition(" ")
-    return f"{METHODS[stem].title} {rest}".strip() if stem in METHODS else label
-
-
 def gather(jobs: Iterable[Job]) -> Results:
     """The results of jobs as cells. Raises `RunError` for a damaged file."""
     jobs = tuple(jobs)
@@ -209,18 +206,32 @@ def gather(jobs: Iterable[Job]) -> Results:
         where = float(job.config[place]) if place else None
         groups.setdefault((panel, label, where), []).append(job)
     found = {job.name: result for job in jobs if (result := read_result(job.folder)) is not None}
-    cells = [_cell(*key, group, found) for key, group in groups.items() if any(job.name in found for job in group)]
+    words = _in_words(jobs)
+    cells = [
+        _cell(*key, words, group, found) for key, group in groups.items() if any(job.name in found for job in group)
+    ]
     missing = tuple(job for job in jobs if job.name not in found)
     return Results(tuple(_over_the_same(cells)), missing, jobs, place)
 
 
+def _in_words(jobs: Iterable[Job]) -> dict[str, str]:
+    """What the study's files are called in words: by their method, unless that has several files with other names."""
+    methods = {job.name.partition(",")[0]: str(job.config.get("method", "")) for job in jobs}
+    alone = [method for method, count in Counter(methods.values()).items() if count == 1]
+    return {
+        file: METHODS[method].title if method in METHODS and (file == method or method in alone) else file
+        for file, method in methods.items()
+    }
+
+
 def _cell(
-    panel: str, label: str, place: float | None, jobs: Sequence[Job], found: Mapping[str, dict[str, Any]]
-) -> Cell:
+    panel: str, label: str, place: float | None, words: Mapping[str, str], jobs: Sequence[Job],
+    found: Mapping[str, dict[str, Any]],
+) -> Cell:  # fmt: skip
     by_repetition = {(job.config.get("sample", 0), job.config.get("seed", 0)): job for job in jobs}
     done = {repetition: job for repetition, job in by_repetition.items() if job.name in found}
     return Cell(
-        panel, label, place, jobs[0].config, frozenset(by_repetition),
+        panel, label, words[label.partition(" ")[0]], place, jobs[0].config, frozenset(by_repetition),
         {repetition: found[job.name] for repetition, job in done.items()},
         {repetition: Path(job.folder) for repetition, job in done.items()},
     )  # fmt: skip
