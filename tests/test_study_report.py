@@ -17,6 +17,7 @@ from foreword.errors import RunError
 from foreword.experiments.comparisons import difference, holm
 from foreword.experiments.expectations import expectations
 from foreword.experiments.plan import Study
+from foreword.experiments.published import beside
 from foreword.experiments.records import Job
 from foreword.experiments.report import save_report
 from foreword.experiments.results import gather
@@ -414,6 +415,44 @@ def test_the_page_and_its_markdown_say_the_same(jobs: list[Job], tmp_path: Path)
         if block.startswith("|"):
             widths = {len(line.replace("\\|", "").split("|")) for line in block.splitlines()}
             assert len(widths) == 1, "rows are as wide as their header"
+
+
+def test_published_figures_stand_beside_those_of_the_same_method_and_metric(tmp_path: Path) -> None:
+    jobs = [
+        finished(tmp_path, label, 0.5, axis="", metric="bleu", **options)
+        for label, options in (("full", {}), ("prefix", {}), ("adapter", {"share": 0.001}), ("lora", {}))
+    ]
+    for job, value in zip(jobs, (40.0, 42.5, 41.0, 43.0), strict=True):
+        edit(job, scores={"test": {"bleu": {"value": value, "low": 1.0, "high": 99.0}}})
+    _, markdown = report(tmp_path, jobs)
+    rows = {row["method"]: row["bleu, paper: gpt2-medium"] for row in table(markdown, "bleu, paper: gpt2-medium")}
+    assert rows == {
+        "Full fine-tuning": "68.2 (68.8)", "Prefix-Tuning": "69.7 (70.3)", "Adapter": "66.3", "LoRA": "",
+    }  # fmt: skip
+    gaps = {row["method"]: row for row in table(markdown, "to prefix, here", "to prefix, published")}
+    assert gaps.keys() == {"Full fine-tuning", "Prefix-Tuning", "Adapter"}
+    full = gaps["Full fine-tuning"]
+    assert (full["here"], full["to prefix, here"], full["to prefix, published"]) == ("40.0 [1.0, 99.0]", "-2.5", "-1.5")
+    other = [finished(tmp_path / "o", "full", 0.5, axis="", task="e2e"), *jobs[3:]]
+    assert ", paper:" not in report(tmp_path, other)[1], "another metric, and a method that is not in the paper"
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "metric", "told"),
+    [
+        ("webnlg-unseen", "prefix", "bleu_webnlg", "45.6 (45.3)"),
+        ("webnlg", "full", "ter_webnlg", "53 (54)"),
+        ("webnlg-seen", "top2", "meteor_webnlg", "38"),
+        ("dart", "prefix", "bleu_dart", "46.4"),
+        ("xsum", "full", "rouge_l", "37.25"),
+        ("e2e", "infix", "cider", "2.4"),
+        ("bbc-news-to-sports", "full", "rouge_l", None),
+    ],
+)
+def test_figures_of_the_paper(tmp_path: Path, task: str, method: str, metric: str, told: str | None) -> None:
+    cell = gather([finished(tmp_path, method, 0.5, axis="", task=task)]).cells[0]
+    found = beside(cell, "test", metric)
+    assert (found and found.told(metric)) == told
 
 
 def test_what_it_costs_shows_all_cells_with_their_front(jobs: list[Job], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from foreword.experiments.comparisons import Difference, difference, holm, p_text, rises
@@ -15,9 +16,9 @@ from foreword.experiments.expectations import expectations
 from foreword.experiments.parts import Amount, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
 from foreword.experiments.pictures import costs, differences, over_parameters, scores, seen_and_unseen, trade
 from foreword.experiments.plan import Study
-from foreword.experiments.published import published_for
+from foreword.experiments.published import beside, published_for
 from foreword.experiments.records import read_record
-from foreword.experiments.results import Cell, Results, recorded
+from foreword.experiments.results import Cell, Results, Spread, recorded
 from foreword.methods import METHODS
 from foreword.pages import save_page
 from foreword.storage import write_atomic
@@ -26,6 +27,11 @@ __all__ = ["save_report"]
 
 _REFERENCE = "prefix"  # what the others are compared with, where it is there
 _EXAMPLES = 6
+_PAPER = (
+    "Published are the figures of Prefix-Tuning, arXiv:2101.00190v1, in brackets those of the version at ACL 2021 "
+    "where they differ: with gpt2-medium, gpt2-large or bart-large, trained on all rows. Base model, rows and steps "
+    "are not those of the runs here."
+)
 
 
 def save_report(study: Study, results: Results, folder: str | Path) -> tuple[Path, Path]:
@@ -45,6 +51,7 @@ def _parts(study: Study, results: Results) -> Iterator[Part]:
     for panel in results.panels:
         yield from _panel(results, panel)
     yield from _expected(results)
+    yield from _compared(results)
     yield from _published(results)
     yield from _examples(results)
     yield from _made(results)
@@ -90,6 +97,8 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
             if cells:
                 yield Text(f"{results.at(place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}.")
                 yield _table(cells, test, metrics)
+        if any(beside(cell, test, each) and cell.score(test, each) for cell in results.of(panel) for each in metrics):
+            yield Text(_PAPER)
         if any(cell.candidates > 1 for cell in results.of(panel)):
             yield Text(
                 "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes "
@@ -101,22 +110,37 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
 
 
 def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
-    """The cells of a place, with their scores, sizes and times."""
-    tuned = any(cell.candidates > 1 for cell in cells)
-    numbers: dict[str, Callable[[Cell], Amount | str]] = {
-        "nats per token": lambda cell: _amount(cell.mean("nats_per_token", test), 3),
-        "parameters": lambda cell: _amount(cell.mean("parameters")),
-        "bytes": lambda cell: _amount(cell.mean("num_bytes")),
-        "training s": lambda cell: _amount(cell.mean("train_seconds")),
-        **({"tuning s": lambda cell: _amount(cell.mean("tuning_seconds"))} if tuned else {}),
-        "ms a row": lambda cell: _amount(cell.inference_ms.mean if cell.inference_ms else None),
-    }
-    rows: list[list[Value]] = []
-    for cell in cells:
-        own = [cell.score(test, metric) or "" for metric in metrics]
-        runs = Shown(str(len(cell.results)) + ("" if cell.whole else f" of {len(cell.planned)}"), len(cell.results))
-        rows.append([cell.title, runs, *own, *(number(cell) for number in numbers.values())])
-    return Table(["method", "runs", *metrics, *numbers], rows)
+    """The cells of a place, with their scores, what was published beside them, sizes and times."""
+    columns: dict[str, Callable[[Cell], Value]] = {"method": lambda cell: cell.title, "runs": _runs}
+    for metric in metrics:
+        columns[metric] = partial(_score, test=test, metric=metric)
+        bases = [
+            each.base for cell in cells if cell.score(test, metric) and (each := beside(cell, test, metric))
+        ]  # fmt: skip
+        if bases:
+            columns[f"{metric}, paper: {bases[0]}"] = partial(_paper_score, test=test, metric=metric)
+    columns["nats per token"] = lambda cell: _amount(cell.mean("nats_per_token", test), 3)
+    columns["parameters"] = lambda cell: _amount(cell.mean("parameters"))
+    columns["bytes"] = lambda cell: _amount(cell.mean("num_bytes"))
+    columns["training s"] = lambda cell: _amount(cell.mean("train_seconds"))
+    if any(cell.candidates > 1 for cell in cells):
+        columns["tuning s"] = lambda cell: _amount(cell.mean("tuning_seconds"))
+    columns["ms a row"] = lambda cell: _amount(cell.inference_ms.mean if cell.inference_ms else None)
+    return Table([*columns], [[value(cell) for value in columns.values()] for cell in cells])
+
+
+def _runs(cell: Cell) -> Shown:
+    done = len(cell.results)
+    return Shown(str(done) if cell.whole else f"{done} of {len(cell.planned)}", done)
+
+
+def _score(cell: Cell, test: str, metric: str) -> Spread | str:
+    return cell.score(test, metric) or ""
+
+
+def _paper_score(cell: Cell, test: str, metric: str) -> str:
+    figure = beside(cell, test, metric)
+    return figure.told(metric) if figure else ""
 
 
 def _amount(value: float | None, decimals: int = 0) -> Amount | str:
@@ -188,31 +212,58 @@ def _expected(results: Results) -> Iterator[Part]:
     )
 
 
+def _compared(results: Results) -> Iterator[Part]:
+    """Figures here and in the paper, where they are of the same method, test rows and metric, each also against prefix.
+
+    Base models differ, so that it is the differences between methods that compare.
+    """
+    rows: list[list[Value]] = []
+    for panel in results.panels:
+        cells = results.of(panel, place=results.places(panel)[-1])
+        for test in results.tests(panel):
+            for metric in results.metrics(panel, test):
+                rows += _against_prefix(cells, test, metric)
+    if rows:
+        yield Heading("Beside the paper")
+        yield Text(f"{_PAPER} Differences to a prefix compare better than the figures themselves.")
+        header = ["method", "test", "metric", "here", "published", "to prefix, here", "to prefix, published"]
+        yield Table(header, rows)
+
+
+def _against_prefix(cells: Sequence[Cell], test: str, metric: str) -> list[list[Value]]:
+    """A row for each method with a published figure."""
+    known = [
+        (cell, score, figure) for cell in cells
+        if (score := cell.score(test, metric)) and (figure := beside(cell, test, metric))
+    ]  # fmt: skip
+    own = next((each for each in known if each[0].label == _REFERENCE), None)
+    rows: list[list[Value]] = []
+    for cell, score, figure in known:
+        gaps = ["", ""]
+        if own is not None and cell is not own[0]:
+            form = score.form
+            published = figure.scores[metric] - own[2].scores[metric]
+            gaps = [f"{score.mean - own[1].mean:+{form}}", f"{published:+{form}}"]
+        rows.append([cell.title, cell.tested(test), metric, score, figure.told(metric), *gaps])
+    return rows
+
+
 def _published(results: Results) -> Iterator[Part]:
-    tasks = list(dict.fromkeys(str(cell.config.get("task", "")) for cell in results.cells))
-    for task in tasks:
+    """All figures of the tasks, of other metrics and base models too."""
+    for task in dict.fromkeys(str(cell.config.get("task", "")) for cell in results.cells):
         found = published_for(task)
         if not found:
             continue
         yield Heading(f"Published figures, {task}")
         yield Text(
-            "Prefix-Tuning (arXiv:2101.00190v1) with gpt2-medium, for summaries bart-large, trained on all rows; in "
-            "brackets those of the version at ACL 2021 where they differ. Not the same model, rows or steps as here: "
-            "they show how methods compared there."
-            + (" The paper split XSum by topic; here it is BBC headlines." if task.startswith("bbc") else "")
+            _PAPER + (" The paper split XSum by topic; here it is BBC headlines." if task.startswith("bbc") else "")
         )
         metrics = list(dict.fromkeys(name for each in found for name in each.scores))
-        rows = []
-        for each in found:
-            told = [_revised(each.scores.get(name), each.revised.get(name)) for name in metrics]
-            rows.append([_title(each.method), each.test, *told])
-        yield Table(["method", "test", *metrics], rows)
-
-
-def _revised(value: float | None, other: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:g}" if other is None or other == value else f"{value:g} ({other:g})"
+        rows = [
+            [" ".join([METHODS[each.method].title, each.said]).strip(), each.base, each.test, *map(each.told, metrics)]
+            for each in found
+        ]
+        yield Table(["method", "base model", "test", *metrics], rows)
 
 
 def _examples(results: Results) -> Iterator[Part]:
@@ -265,10 +316,6 @@ def _circumstances(results: Results) -> list[str]:
         when = f", from {min(starts)} to {max(ends)}" if starts and ends else ""
         lines.append(f"{len(seconds)} runs took {minutes // 60} h {minutes % 60:02} min{when}")
     return [*lines, *known["versions"], *known["code"]]
-
-
-def _title(method: str) -> str:
-    return METHODS[method].title if method in METHODS else method
 
 
 def _repeated(cells: Sequence[Cell], comparable: bool) -> str:
