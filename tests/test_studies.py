@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from foreword.experiments import (
     Job,
     Study,
     execute,
+    jobs_made_with,
     jobs_of,
     list_studies,
     load_study,
@@ -332,6 +334,23 @@ def test_locks_that_a_file_system_lacks_are_told(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(StorageError, match="cannot be locked .*expected a file system with locks; choose another"):
         state_of(jobs[0].folder)
+
+
+def test_results_of_other_code_are_found_for_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = make_jobs(tmp_path)
+    execute(old[:2], InProcess())
+    study, out = load_study(tmp_path / "study"), tmp_path / "out"
+    monkeypatch.setattr("foreword.experiments.grid.code_version", lambda _: "f" * 64)
+    assert [state_of(job.folder) for job in jobs_of(study, out)] == ["missing"] * 3
+    found = jobs_made_with(old[0].code[:8], study, out, name="mine")
+    assert [state_of(job.folder) for job in found] == ["done", "done", "missing"]
+    assert [job.folder for job in found[:2]] == [job.folder for job in old[:2]]
+    assert {job.code for job in found} == {old[0].code} and "study run mine" in found[0].command
+    with pytest.raises(ConfigError, match=f"--code none, 0 versions in .*; expected one of {old[0].code[:8]}"):
+        jobs_made_with("none", study, out)
+    shutil.copytree(old[0].folder, out / "copy")
+    with pytest.raises(ConfigError, match="was made with different data"):
+        jobs_made_with(old[0].code, study, out)
 
 
 def test_a_dirty_tree_is_recorded(tmp_path: Path) -> None:

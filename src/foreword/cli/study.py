@@ -142,21 +142,28 @@ def report(
     ] = None,
     only: _Only = None,
     given: _Set = None,
+    code: Annotated[
+        str, typer.Option(help="Report the results of that code version, or its beginning. (default: the present one)")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Write what a study came to as one page, NAME.html, and as NAME.md: tables, charts, texts side by side.
 
-    It can be written at any time; what is missing is said in it.
+    It can be written at any time; what is missing is said in it. Results that were made before the code of Foreword was
+    changed are reported with --code; `run.json` of each names its version.
 
     foreword study report low-data-small --to docs/results
     """
+    from foreword.experiments import other_results
     from foreword.experiments.report import save_report
     from foreword.experiments.results import gather
 
-    chosen, jobs, folder = _jobs(name, out, only, given)
+    chosen, jobs, folder = _jobs(name, out, only, given, code)
     results = gather(jobs)
     if not results.cells:
-        raise ConfigError(f"no run of {chosen.name} is done in {folder}", "at least one", f"foreword study run {name}")
+        others = "" if code or not other_results(folder, jobs[0].code) else ", or name the --code of the results there"
+        action = f"foreword study run {name}{others}"
+        raise ConfigError(f"no run of {chosen.name} is done in {folder}", "at least one", action)
     page, text = save_report(chosen, results, to or folder)
     say(f"{len(jobs) - len(results.missing)} of {len(jobs)} runs are in {page} and {text.name}")
     emit({"study": chosen.name, "page": str(page), "markdown": str(text), "missing": len(results.missing)}, as_json)
@@ -169,16 +176,18 @@ def _load(name: str, given: list[str] | None) -> Study:
 
 
 def _jobs(
-    name: str, out: Path | None, only: list[str] | None, given: list[str] | None
+    name: str, out: Path | None, only: list[str] | None, given: list[str] | None, code: str = ""
 ) -> tuple[Study, list[Job], Path]:
-    """The study, its jobs, and the folder of their results."""
-    from foreword.experiments import jobs_of, select
+    """The study, its jobs, and the folder of their results; with `code`, what that version of the code has made."""
+    from foreword.experiments import jobs_made_with, jobs_of, select
 
     chosen = _load(name, given)
     folder = out or Path("runs") / "studies" / chosen.name
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file", "a folder or an unused name", "choose another --out")
     runs = select(chosen.runs, only or [])
+    if code:
+        return chosen, jobs_made_with(code, chosen, folder, runs, sets=given or [], name=name), folder
     return chosen, jobs_of(chosen, folder, runs, sets=given or [], name=name), folder
 
 
@@ -231,7 +240,7 @@ def _print_status(chosen: Study, jobs: list[Job], folder: Path, commands: bool) 
     code = jobs[0].code
     others = other_results(folder, code)
     if others:
-        say(f"{others} results in {folder} are of other code than {code[:8]}, and are not counted")
+        say(f"{others} results in {folder} are of other code than {code[:8]}; `study report --code` reports them")
     if commands:
         for cell in cells:
             say(f"{cell['state']:8} {cell['command']}")

@@ -10,11 +10,11 @@ perform    what one run does
 from __future__ import annotations
 
 from foreword.experiments.executors import execute
-from foreword.experiments.grid import jobs_of, module_of
+from foreword.experiments.grid import jobs_made_with, jobs_of, module_of
 from foreword.experiments.plan import Run, Study, list_studies, load_study, select, settings
 from foreword.experiments.records import Job, Outcome, other_results, read_record, read_result, state_of
 
 __all__ = [
-    "Job", "Outcome", "Run", "Study", "execute", "jobs_of", "list_studies", "load_study", "module_of",
+    "Job", "Outcome", "Run", "Study", "execute", "jobs_made_with", "jobs_of", "list_studies", "load_study", "module_of",
     "other_results", "read_record", "read_result", "select", "settings", "state_of",
 ]  # fmt: skip

@@ -11,10 +11,10 @@ from typing import Any
 
 from foreword.errors import ConfigError
 from foreword.experiments.plan import Run, Study
-from foreword.experiments.records import Job, key_of
+from foreword.experiments.records import RESULT, Job, key_of, read_record
 from foreword.experiments.versions import code_version, git_state, resolve
 
-__all__ = ["command_of", "jobs_of", "module_of"]
+__all__ = ["command_of", "jobs_made_with", "jobs_of", "module_of"]
 
 
 def jobs_of(
@@ -36,6 +36,40 @@ def jobs_of(
         command = command_of(name or study.name, out, run, sets)
         jobs.append(Job(run.name, run.config, study.perform, code, data, str(folder), command, git))
     return jobs
+
+
+def jobs_made_with(
+    code: str, study: Study, out: str | Path, runs: Iterable[Run] | None = None, *, sets: Iterable[str] = (),
+    name: str = "",
+) -> list[Job]:  # fmt: skip
+    """The same for results in `out` that other code has made, a version of it or its beginning.
+
+    For a report of results that are older than a change of Foreword; what is missing cannot be made with it. Raises
+    `ConfigError` unless exactly one version begins so, and for a run that was made with different data.
+    """
+    version, records = _records_of(Path(out).resolve(), code)
+    jobs = []
+    for run in study.runs if runs is None else runs:
+        made = [each for each in records if each[1]["perform"] == study.perform and each[1]["config"] == run.config]
+        if len(made) > 1:
+            raise ConfigError(f"{run.name} was made with different data in {out}", "one", "choose another --out")
+        missing = Path(out).resolve() / key_of(run.config, study.perform, version, ""), {"data": "", "git": None}
+        folder, record = made[0] if made else missing
+        command = command_of(name or study.name, out, run, sets)
+        data, git = record["data"], record["git"]
+        jobs.append(Job(run.name, run.config, study.perform, version, data, str(folder), command, git))
+    return jobs
+
+
+def _records_of(out: Path, code: str) -> tuple[str, list[tuple[Path, dict[str, Any]]]]:
+    """The one code version that begins so, and the folders with its results."""
+    records = [(path.parent, read_record(path.parent)) for path in sorted(out.glob(f"*/{RESULT}"))]
+    versions = sorted({str(record["code"]) for _, record in records})
+    chosen = [version for version in versions if version.startswith(code)]
+    if len(chosen) != 1:
+        listed = ", ".join(version[:8] for version in versions) or "none"
+        raise ConfigError(f"--code {code}, {len(chosen)} versions in {out}", f"one of {listed}", "name one")
+    return chosen[0], [(folder, record) for folder, record in records if record["code"] == chosen[0]]
 
 
 def module_of(study: Study) -> ModuleType:
