@@ -85,7 +85,7 @@ def html(part: Part) -> str:
 
 def _table_cell(value: Value) -> str | int | TableCell:
     if isinstance(value, Spread):
-        return TableCell(escaped(value), value.mean)
+        return TableCell(escaped(value).replace(" ", "&nbsp;"), value.mean)  # in one line
     if isinstance(value, Amount | Shown):
         return TableCell(str(value), value.value)
     if isinstance(value, str) and len(value) > 220:

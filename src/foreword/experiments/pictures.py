@@ -75,7 +75,7 @@ def trade(results: Results, panel: str, test: str, metric: str) -> Iterator[Figu
         return
     notes = ["Further left is cheaper. The dotted line joins those that no other beats in both."]
     if len(results.places(panel)) > 1:
-        notes.append(f"Larger marks: more {results.place}.")
+        notes.append(f"Marks grow with the {results.place}.")
     if any(not cell.whole for cell in cells):
         notes.append(_HOLLOW)
     title = f"{metric} against what it costs, all runs"

@@ -118,7 +118,7 @@ def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
             each.base for cell in cells if cell.score(test, metric) and (each := beside(cell, test, metric))
         ]  # fmt: skip
         if bases:
-            columns[f"{metric}, paper: {bases[0]}"] = partial(_paper_score, test=test, metric=metric)
+            columns[f"{metric} ({bases[0]})"] = partial(_paper_score, test=test, metric=metric)
     columns["nats per token"] = lambda cell: _amount(cell.mean("nats_per_token", test), 3)
     columns["parameters"] = lambda cell: _amount(cell.mean("parameters"))
     columns["bytes"] = lambda cell: _amount(cell.mean("num_bytes"))
