@@ -16,7 +16,8 @@ from tests.studying import tiny_study, write_study
 from foreword.errors import RunError
 from foreword.experiments.comparisons import difference, holm
 from foreword.experiments.expectations import expectations
-from foreword.experiments.plan import Study
+from foreword.experiments.perform import check
+from foreword.experiments.plan import Study, list_studies, load_study
 from foreword.experiments.published import beside
 from foreword.experiments.records import Job
 from foreword.experiments.report import save_report
@@ -191,6 +192,18 @@ def test_words_are_real_words(tmp_path: Path, better: bool | None, verdict: str)
         job.config["init"] = init
     (found,) = expectations(gather([*jobs, other]))
     assert found.verdict == verdict and len(found.measured) == 1 and "related against random" in found.measured[0]
+
+
+def test_a_random_start_is_held_against_words_in_the_same_form(tmp_path: Path) -> None:
+    """A prefix's own start is a text; one made by an MLP differs by more than its start."""
+    jobs = [
+        finished(tmp_path, label, quality, axis="", method="prefix", **options)
+        for label, quality, options in (
+            ("prefix", 0.9, {}), ("random", 0.2, {"init": "random"}), ("mlp", 0.1, {"parametrization": "mlp"}),
+        )
+    ]  # fmt: skip
+    (found,) = expectations(gather(jobs))
+    assert len(found.measured) == 1 and "prefix against random" in found.measured[0]
 
 
 @OUTCOMES
@@ -425,7 +438,7 @@ def test_published_figures_stand_beside_those_of_the_same_method_and_metric(tmp_
     for job, value in zip(jobs, (40.0, 42.5, 41.0, 43.0), strict=True):
         edit(job, scores={"test": {"bleu": {"value": value, "low": 1.0, "high": 99.0}}})
     _, markdown = report(tmp_path, jobs)
-    rows = {row["method"]: row["bleu, paper: gpt2-medium"] for row in table(markdown, "bleu, paper: gpt2-medium")}
+    rows = {row["method"]: row["bleu (gpt2-medium)"] for row in table(markdown, "bleu (gpt2-medium)")}
     assert rows == {
         "Full fine-tuning": "68.2 (68.8)", "Prefix-Tuning": "69.7 (70.3)", "Adapter": "66.3", "LoRA": "",
     }  # fmt: skip
@@ -434,7 +447,7 @@ def test_published_figures_stand_beside_those_of_the_same_method_and_metric(tmp_
     full = gaps["Full fine-tuning"]
     assert (full["here"], full["to prefix, here"], full["to prefix, published"]) == ("40.0 [1.0, 99.0]", "-2.5", "-1.5")
     other = [finished(tmp_path / "o", "full", 0.5, axis="", task="e2e"), *jobs[3:]]
-    assert ", paper:" not in report(tmp_path, other)[1], "another metric, and a method that is not in the paper"
+    assert "(gpt2-medium)" not in report(tmp_path, other)[1], "another metric, and a method that is not in the paper"
 
 
 @pytest.mark.parametrize(
@@ -524,3 +537,26 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "axes"),
+    [
+        ("fractions", 30, {"fraction": {0.1, 0.2, 0.4, 0.6, 0.8}}),
+        ("budget", 40, {"share": {0.001, 0.03}, "rank": {1, 2, 4, 8, 16, 32, 64}}),
+        ("ablations", 26, {"length": {1, 10, 20}, "parametrization": {"mlp"}, "init": {"random"}}),
+    ],
+)
+def test_built_in_studies_have_the_cells_of_the_papers(name: str, runs: int, axes: dict[str, set[Any]]) -> None:
+    study = load_study(name, own="no such folder")
+    assert len(study.runs) == runs
+    for key, values in axes.items():
+        assert {run.config[key] for run in study.runs if key in run.config} == values
+    for run in study.runs:
+        check(run.config)
+        assert (run.config["task"], run.config["beams"]) == ("e2e", 5)
+
+
+def test_every_built_in_study_is_described() -> None:
+    told = (Path(__file__).parents[1] / "docs" / "studies.md").read_text()
+    assert [name for name in list_studies("no such folder") if f"| `{name}` |" not in told] == []

@@ -139,14 +139,14 @@ def _lengths(results: Results) -> Expectation | None:
 
 
 def _words(results: Results) -> Expectation | None:
-    """Prefixes born from real words against those born from random numbers."""
+    """Prefixes born from real words against those born from random numbers and alike otherwise."""
     found: list[Difference] = []
     for panel in results.panels:
-        cells = [cell for cell in results.of(panel) if "init" in cell.config]
+        cells = [cell for cell in results.of(panel) if cell.config.get("method") == "prefix"]
         for first in cells:
-            for second in cells if first.config["init"] == "random" else []:
-                alike = first.place == second.place and first.config.get("method") == second.config.get("method")
-                if alike and second.config["init"] in _WORDS:
+            for second in cells if first.option("init") == "random" else []:
+                alike = all(first.option(name) == second.option(name) for name in ("length", "parametrization"))
+                if alike and first.place == second.place and second.option("init") in _WORDS:
                     found += _differences(results, first, second, results.tests(panel))
     return _said(
         "A prefix born from real words scores better than a random one.", f"{_PREFIX_TUNING}, 7.4",
