@@ -227,7 +227,8 @@ def test_a_verdict_is_by_corrected_p_values(tmp_path: Path) -> None:
     assert alone.verdict == "agrees"
     others = [job for at in range(60, 100, 10) for job in pair(tmp_path, "full", "prefix", None, axis="rows", at=at)]
     (many,) = expectations(gather([*jobs, *others]))
-    assert many.verdict == "within noise" and "+17.5 [+7.5, +30.0], p = 0.117" in many.measured[0]
+    assert many.verdict == "within noise" and "+17.5 [+7.5, +30.0], p = 0.117" in many.measured[1]
+    assert many.measured[0] == "on average exact_match +3.5"
 
 
 def edit(job: Job, **values: Any) -> None:
@@ -408,9 +409,7 @@ def test_the_page_and_its_markdown_say_the_same(jobs: list[Job], tmp_path: Path)
     rows = [json.loads(line) for line in Path(jobs[0].folder, "texts.jsonl").read_text().splitlines()]
     rows[0]["text"] = "<script>alert(1)</script> | a bar\nand a line"
     Path(jobs[0].folder, "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    study = Study("s", tmp_path, "A study of two.", "m:f", {}, ())
-    page, text = save_report(study, gather(jobs), tmp_path / "report")
-    html, markdown = page.read_text(), text.read_text()
+    html, markdown = report(tmp_path, jobs)
     parser = Balance()
     parser.feed(html)
     assert parser.open == []
@@ -442,10 +441,8 @@ def test_published_figures_stand_beside_those_of_the_same_method_and_metric(tmp_
     assert rows == {
         "Full fine-tuning": "68.2 (68.8)", "Prefix-Tuning": "69.7 (70.3)", "Adapter": "66.3", "LoRA": "",
     }  # fmt: skip
-    gaps = {row["method"]: row for row in table(markdown, "to prefix, here", "to prefix, published")}
-    assert gaps.keys() == {"Full fine-tuning", "Prefix-Tuning", "Adapter"}
-    full = gaps["Full fine-tuning"]
-    assert (full["here"], full["to prefix, here"], full["to prefix, published"]) == ("40.0 [1.0, 99.0]", "-2.5", "-1.5")
+    gaps = {row["method"]: (row["here"], row["published"]) for row in table(markdown, "test", "here", "published")}
+    assert gaps == {"Full fine-tuning": ("-2.5", "-1.5"), "Adapter": ("-1.5", "-3.4")}
     other = [finished(tmp_path / "o", "full", 0.5, axis="", task="e2e"), *jobs[3:]]
     assert "(gpt2-medium)" not in report(tmp_path, other)[1], "another metric, and a method that is not in the paper"
 
@@ -469,12 +466,28 @@ def test_figures_of_the_paper(tmp_path: Path, task: str, method: str, metric: st
 
 
 def test_what_it_costs_shows_all_cells_with_their_front(jobs: list[Job], tmp_path: Path) -> None:
+    for number, job in enumerate(jobs):
+        edit(job, train_seconds=10.0 + number)
     html, _ = report(tmp_path, jobs)
     drawn = picture(html, "exact_match against what it costs, all runs")
     root = ET.fromstring(drawn[drawn.index("<svg") :])
     assert len(list(root.iter("g"))) == 2 * 6, "three methods at two places, in two pictures"
     assert len([each for each in root.iter("polyline") if each.get("class") == "front"]) == 2
     assert "trained parameters" in drawn and "seconds to train" in drawn
+
+
+def test_the_usual_prefix_is_the_one_that_others_are_compared_with(tmp_path: Path) -> None:
+    jobs = [finished(tmp_path, "prefix", 0.5, axis="length", at=length) for length in (1, 10)]
+    jobs.append(finished(tmp_path, "lora", 0.5, axis="rank", at=8))
+    assert "exact_match against Prefix-Tuning length 10 on the same" in report(tmp_path, jobs)[1]
+
+
+def test_one_price_is_no_picture_of_prices(tmp_path: Path) -> None:
+    jobs = [finished(tmp_path, label, 0.5, axis="", parameters=100) for label in ("prefix", "ptuning2")]
+    assert "against what it costs" not in report(tmp_path, jobs)[0]
+    edit(jobs[0], train_seconds=5.0)
+    drawn = picture(report(tmp_path, jobs)[0], "exact_match against what it costs, all runs")
+    assert "seconds to train" in drawn and "trained parameters" not in drawn
 
 
 def test_scores_over_parameters_join_the_sizes_of_a_method(tmp_path: Path) -> None:

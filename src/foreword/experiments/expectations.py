@@ -18,6 +18,7 @@ _LEVEL = 0.05  # of the corrected p-values
 # Tasks whose test rows are of topics that were not trained on.
 _UNSEEN = ("webnlg-unseen", "bbc-news-to-sports", "bbc-within-news")
 _WORDS = ("words", "text")  # how a prefix is born from real words; "vocab" draws its tokens at random
+_PREFIXES = ("prefix", "ptuning2", "apt")
 _SMALL = 0.001  # the share of parameters that the paper's small adapter and prefix have
 
 
@@ -127,7 +128,8 @@ def _lengths(results: Results) -> Expectation | None:
     found: list[Difference] = []
     for panel in results.panels if results.place == "length" else []:
         for label in results.labels:
-            cells = [cell for cell in results.of(panel, label) if cell.mean("dev_nats_per_token") is not None]
+            cells = [cell for cell in results.of(panel, label) if cell.config.get("method") in _PREFIXES]
+            cells = [cell for cell in cells if cell.mean("dev_nats_per_token") is not None]
             cells.sort(key=lambda cell: cell.place or 0.0)
             if len(cells) > 2:
                 best = min(cells[:-1], key=lambda cell: cell.mean("dev_nats_per_token") or 0.0)
@@ -179,7 +181,7 @@ def _said(statement: str, source: str, published: str, found: list[Difference]) 
     lines = [_line(each, p) for each, p in zip(found, corrected, strict=True)]
     if len(found) > 1 and len({each.metric for each in found}) == 1:
         mean = sum(each.found.difference for each in found) / len(found)
-        lines.append(f"on average {mean:+{number_format(found[0].metric)}}")
+        lines.insert(0, f"on average {found[0].metric} {mean:+{number_format(found[0].metric)}}")
     return Expectation(statement, source, published, verdict, lines)
 
 

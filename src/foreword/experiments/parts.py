@@ -87,7 +87,7 @@ def _table_cell(value: Value) -> str | int | TableCell:
     if isinstance(value, Spread):
         return TableCell(escaped(value).replace(" ", "&nbsp;"), value.mean)  # in one line
     if isinstance(value, Amount | Shown):
-        return TableCell(str(value), value.value)
+        return TableCell(escaped(value).replace(" ", "&nbsp;"), value.value)
     if isinstance(value, str) and len(value) > 220:
         return TableCell(folded(value), value)
     return value

@@ -69,7 +69,7 @@ def trade(results: Results, panel: str, test: str, metric: str) -> Iterator[Figu
             found = [(x, cell) for cell in members if (x := number(cell))]  # without parameters nothing is trained
             points = [_sized(results, panel, x, cell, test, metric) for x, cell in found]
             series += [Series(family, points)] if points else []
-        if series:
+        if len({point.x for each in series for point in each.points}) > 1:
             views.append(View(series, x_label, log_x=True))
     if len(cells) < 2 or not views:
         return

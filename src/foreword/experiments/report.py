@@ -26,6 +26,7 @@ from foreword.storage import write_atomic
 __all__ = ["save_report"]
 
 _REFERENCE = "prefix"  # what the others are compared with, where it is there
+_LENGTH = 10  # of the prefix that others are compared with where there are several
 _EXAMPLES = 6
 _PAPER = (
     "Published are the figures of Prefix-Tuning, arXiv:2101.00190v1, in brackets those of the version at ACL 2021 "
@@ -121,7 +122,7 @@ def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
             columns[f"{metric} ({bases[0]})"] = partial(_paper_score, test=test, metric=metric)
     columns["nats per token"] = lambda cell: _amount(cell.mean("nats_per_token", test), 3)
     columns["parameters"] = lambda cell: _amount(cell.mean("parameters"))
-    columns["bytes"] = lambda cell: _amount(cell.mean("num_bytes"))
+    columns["kB"] = lambda cell: _amount(_thousandth(cell.mean("num_bytes")))
     columns["training s"] = lambda cell: _amount(cell.mean("train_seconds"))
     if any(cell.candidates > 1 for cell in cells):
         columns["tuning s"] = lambda cell: _amount(cell.mean("tuning_seconds"))
@@ -141,6 +142,10 @@ def _score(cell: Cell, test: str, metric: str) -> Spread | str:
 def _paper_score(cell: Cell, test: str, metric: str) -> str:
     figure = beside(cell, test, metric)
     return figure.told(metric) if figure else ""
+
+
+def _thousandth(value: float | None) -> float | None:
+    return None if value is None else value / 1000
 
 
 def _amount(value: float | None, decimals: int = 0) -> Amount | str:
@@ -177,8 +182,9 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
 
 def _reference(results: Results) -> str:
     """The label that the others are compared with: a prefix, where there is one."""
-    own = [cell.label for cell in results.cells if cell.family == _REFERENCE]
-    return _REFERENCE if _REFERENCE in own else next(iter(own), results.labels[0])
+    own = [cell for cell in results.cells if cell.family == _REFERENCE]
+    usual = [cell for cell in own if cell.label == _REFERENCE or cell.option("length") == _LENGTH]
+    return next((cell.label for cell in (*usual, *own)), results.labels[0])
 
 
 def _costs(results: Results, panel: str) -> Iterator[Part]:
@@ -213,39 +219,35 @@ def _expected(results: Results) -> Iterator[Part]:
 
 
 def _compared(results: Results) -> Iterator[Part]:
-    """Figures here and in the paper, where they are of the same method, test rows and metric, each also against prefix.
-
-    Base models differ, so that it is the differences between methods that compare.
-    """
+    """Differences to a prefix here and in the paper, where either has both; base models are not the same."""
+    reference = _reference(results)
     rows: list[list[Value]] = []
     for panel in results.panels:
-        cells = results.of(panel, place=results.places(panel)[-1])
-        for test in results.tests(panel):
-            for metric in results.metrics(panel, test):
-                rows += _against_prefix(cells, test, metric)
+        for place in results.places(panel):
+            cells = results.of(panel, place=place)
+            own = next((cell for cell in cells if cell.label == reference), None)
+            for test in results.tests(panel) if own else []:
+                for metric in results.metrics(panel, test):
+                    rows += [
+                        [cell.title, results.at(place), cell.tested(test), metric, *gaps]
+                        for cell in cells if own and (gaps := _gaps(own, cell, test, metric))
+                    ]  # fmt: skip
     if rows:
-        yield Heading("Beside the paper")
-        yield Text(f"{_PAPER} Differences to a prefix compare better than the figures themselves.")
-        header = ["method", "test", "metric", "here", "published", "to prefix, here", "to prefix, published"]
-        yield Table(header, rows)
+        yield Heading("Differences to a prefix, here and in the paper")
+        yield Text(
+            f"{_PAPER} How much higher than the prefix beside them other methods score compares better than scores."
+        )
+        yield Table(["method", results.place, "test", "metric", "here", "published"], rows)
 
 
-def _against_prefix(cells: Sequence[Cell], test: str, metric: str) -> list[list[Value]]:
-    """A row for each method with a published figure."""
-    known = [
-        (cell, score, figure) for cell in cells
-        if (score := cell.score(test, metric)) and (figure := beside(cell, test, metric))
-    ]  # fmt: skip
-    own = next((each for each in known if each[0].label == _REFERENCE), None)
-    rows: list[list[Value]] = []
-    for cell, score, figure in known:
-        gaps = ["", ""]
-        if own is not None and cell is not own[0]:
-            form = score.form
-            published = figure.scores[metric] - own[2].scores[metric]
-            gaps = [f"{score.mean - own[1].mean:+{form}}", f"{published:+{form}}"]
-        rows.append([cell.title, cell.tested(test), metric, score, figure.told(metric), *gaps])
-    return rows
+def _gaps(own: Cell, cell: Cell, test: str, metric: str) -> list[Value]:
+    """How much higher a cell scores than that of the prefix, here and in the paper; empty where one of them is not."""
+    scores = own.score(test, metric), cell.score(test, metric)
+    figures = beside(own, test, metric), beside(cell, test, metric)
+    if cell is own or scores[0] is None or scores[1] is None or figures[0] is None or figures[1] is None:
+        return []
+    found = scores[1].mean - scores[0].mean, figures[1].scores[metric] - figures[0].scores[metric]
+    return [Shown(f"{gap:+{scores[0].form}}", gap) for gap in found]
 
 
 def _published(results: Results) -> Iterator[Part]:
