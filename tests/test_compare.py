@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.labels import LabelToy, config_values
 from tests.test_explain import call
 from tests.test_gates import prefix_for, with_gates
 from tests.test_plots import Reader
-from tests.tiny import tiny_base, tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_base, tiny_model, tiny_tokenizer
 
 import foreword as fw
 from foreword.compare import compare, method_words, short_names
@@ -29,8 +30,9 @@ from foreword.metrics import PairedDifference, get_metric
 from foreword.metrics.bootstrap import paired_difference
 from foreword.prefix import Prefix, Site, SiteTensors
 from foreword.probe import probe
-from foreword.seeds import spread, train_seeds
+from foreword.seeds import evaluate_run, spread, train_seeds
 from foreword.similarity import Pattern, compare_patterns, draw_similarity, gate_pattern, similarity
+from foreword.tasks import get_task
 
 OPTIONS = config_values(learning_rate=0.02)
 
@@ -238,6 +240,94 @@ def test_texts_that_were_written_in_other_ways_are_not_compared(
     assert entry.notes == ([f"the scores of its seeds do not go together: {reason}"] if reason else [])
 
 
+# ---- What a run keeps
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the rows `rows.jsonl` and a run, `run`, that learned to write their completions."""
+    folder = tmp_path_factory.mktemp("writer")
+    base = fw.BaseModel.load(save_tiny("llama", folder / "model", max_position_embeddings=400))
+    rows = [{"prompt": f"say {word}", "completion": f"{word} {word}"} for word in ("one", "two", "three", "four")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task("files", train=folder / "rows.jsonl", metrics=["exact_match"])
+    fw.train(base, None, task, fw.TrainConfig(**OPTIONS), out=folder / "run")
+    return folder
+
+
+def test_a_runs_own_test_scores_are_not_overwritten_by_others(writer: Path) -> None:
+    from foreword.cli.evaluate import evaluate as command
+
+    run, rows = writer / "run", writer / "rows.jsonl"
+
+    def written(*options: object) -> str:
+        before = set(run.glob("evaluation*"))
+        call(command, run, "--show", 0, *options)
+        return " ".join(path.name for path in set(run.glob("evaluation*")) - before)
+
+    assert written("--test", rows, "--metrics", "bleu,chrf++") == "evaluation.json", "the task's own metrics"
+    kept = (run / "evaluation.json").read_bytes()
+    assert written("--test", rows, "--limit", 1) == "evaluation-limit-1.json"
+    assert written("--test", rows, "--beams", 2, "--max-new-tokens", 2) == "evaluation-beams-2-tokens-2.json"
+    named = ["--metrics", "exact_match, summary", "--limit", 1]
+    assert written("--test", rows, *named) == "evaluation-limit-1-exact_match-summary.json"
+    other = ["--task", "trails", "--limit", 1, "--max-new-tokens", 2]
+    assert written(*other) == "evaluation-trails-limit-1-tokens-2.json"
+    assert written(*other, "--split", "dev") == "evaluation-dev-trails-limit-1-tokens-2.json"
+    assert (run / "evaluation.json").read_bytes() == kept
+    found = compare([run, run], split="beams-2-tokens-2")
+    assert found.entries[0].evaluations[0].generation["num_beams"] == 2 and found.differences
+
+
+def test_written_texts_are_kept_when_scoring_fails(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foreword.cli.evaluate import evaluate as command
+
+    def fail(*_: Any) -> None:
+        raise DataError("Java stopped", "an answer")
+
+    monkeypatch.setattr(sys.modules["foreword.evaluate"], "score_outputs", fail)
+    before = (writer / "run" / "evaluation.json").read_bytes()
+    with pytest.raises(DataError, match="Java stopped"):
+        call(command, writer / "run", "--test", writer / "rows.jsonl")
+    assert (writer / "run" / "evaluation.json").read_bytes() == before
+    kept = Evaluation.load(writer / "run" / "evaluation-unscored.json")
+    assert len(kept.outputs) == 4 and kept.scores == {}
+
+
+@pytest.mark.parametrize(
+    ("other", "again"),
+    [
+        ({}, False),
+        ({"generation": {"max_new_tokens": 64, "stop": []}}, False),  # one beam is what is meant
+        ({"generation": {"max_new_tokens": 64, "stop": [], "num_beams": 5}}, True),
+        ({"generation": {"max_new_tokens": 3, "stop": []}}, True),
+        ({"task": "trails"}, True),
+        ({"split": "dev"}, True),
+        ({"scores": {"bleu": {"value": 1.0, "low": 1.0, "high": 1.0}}}, True),
+    ],
+)
+def test_a_kept_evaluation_is_taken_only_for_the_same_question(
+    writer: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], again: bool
+) -> None:
+    base = fw.BaseModel.load(str(writer / "model"))
+    rows = writer / "rows.jsonl"
+    task = get_task("files", train=rows, test=rows, metrics=["exact_match"])
+    kept = writer / "run" / "evaluation.json"
+    run = fw.train(base, None, task, fw.TrainConfig(**OPTIONS), out=writer / "run")
+    evaluate(base, run.prefix, task).save(kept)
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), **other}))
+    asked: list[str] = []
+
+    def count(*arguments: Any, **options: Any) -> Evaluation:
+        asked.append("again")
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("foreword.seeds.evaluate", count)
+    found = evaluate_run(base, run, task)
+    assert bool(asked) == again
+    assert (found.task, found.split, list(found.scores)) == ("files", "test", ["exact_match"])
+
+
 # ---- Cost
 
 
@@ -417,8 +507,6 @@ def test_the_command_of_similarity(own: Path, tmp_path: Path) -> None:
 
 
 def test_similarity_without_matplotlib_still_writes_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(fw.MissingPackage, match="matplotlib"):

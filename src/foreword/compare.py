@@ -17,11 +17,11 @@ from foreword.artifact import HEADER, load_prefix
 from foreword.base import BaseModel
 from foreword.cost import Cost, Forward, attention_costs, forward_seconds, query_heads
 from foreword.errors import ConfigError, RunError
-from foreword.evaluate import Evaluation, Interval
+from foreword.evaluate import Evaluation, Interval, evaluation_file
 from foreword.metrics import get_metric, number_format
 from foreword.metrics.bootstrap import paired_difference
 from foreword.prefix import Prefix
-from foreword.runs import CONFIG, EVALUATION, PREFIX, SUMMARY, is_run
+from foreword.runs import CONFIG, PREFIX, SUMMARY, is_run
 from foreword.seeds import Spread, spreads
 
 __all__ = [
@@ -168,7 +168,8 @@ def compare(
 ) -> Comparison:
     """Compare run folders, prefix folders and folders of several seeds, in this order.
 
-    Scores are those that `foreword evaluate` or `train --evaluate` kept for `split`. With `load`, which gets a base
+    Scores are those that `foreword evaluate` or `train --evaluate` kept for `split`: test, dev, or what follows
+    "evaluation-" in the name of another file that was kept. With `load`, which gets a base
     model by name, forward passes with and without each prefix are timed. Raises `ConfigError` without paths, `RunError`
     for something else than a run or prefix, `DataError` for scores that cannot be read.
     """
@@ -239,7 +240,7 @@ def _run_entry(path: Path, name: str, split: str) -> Entry:
     prefix = _prefix_of(path, "run")
     if prefix is not None:
         _add_prefix(entry, prefix, config.get("options", {}))
-    scores = path / _evaluation_name(split)
+    scores = path / evaluation_file(split)
     if scores.is_file():
         entry.evaluations = [Evaluation.load(scores)]
         entry.scores = dict(entry.evaluations[0].scores)
@@ -290,10 +291,6 @@ def _prefix_of(path: Path, kind: str) -> Prefix | None:
     """The prefix of an entry, of several seeds the first one's; None for a run that has none."""
     folder = path if kind == "prefix" else (seed_folders(path)[0] if kind == "seeds" else path) / PREFIX
     return load_prefix(folder) if (folder / HEADER).is_file() else None
-
-
-def _evaluation_name(split: str) -> str:
-    return EVALUATION if split == "test" else f"evaluation-{split}.json"
 
 
 def _split_flag(split: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +17,19 @@ from foreword.frozen import frozen_training
 from foreword.metrics import get_metric, metric_names, score_with_interval
 from foreword.objectives import HeadOptions, Objective, Predicted, objective_of
 from foreword.prefix import Prefix
-from foreword.runs import provenance
+from foreword.runs import EVALUATION, provenance
 from foreword.storage import write_atomic
 from foreword.tasks import Example, Labelled, Split, Tagged, Task, get_task
 
 __all__ = [
-    "Evaluation", "Interval", "Output", "check_metrics", "evaluate", "objective_for", "predictions", "score_outputs",
+    "Evaluation", "Interval", "Output", "check_metrics", "evaluate", "evaluation_file", "objective_for", "predictions",
+    "score_outputs", "writing_options",
 ]  # fmt: skip
 
 # What is written or predicted for the rows of a kind of task, as metrics call it.
 _MADE = {"generation": "text", "classification": "label", "choice": "label", "tagging": "tag"}
+
+_LONGEST_NAME = 150  # of 255 that file systems allow, in letters of one byte
 
 
 class Interval(NamedTuple):
@@ -133,6 +137,7 @@ def evaluate(
     batch_size: int = 20,
     metrics: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    unscored: Callable[[Evaluation], None] | None = None,
     **generation: Any,
 ) -> Evaluation:
     """Write or predict for the first `limit` rows of a split, through `prefix` or through nothing, and score.
@@ -140,8 +145,8 @@ def evaluate(
     `generation` goes to `BaseModel.generate` (greedy when empty); `max_new_tokens` and stop strings are the task's
     unless given. For tasks with labels the label is predicted: by the prefix's head on an encoder, which has to have
     one, else as the likeliest candidate after the prompt. `metrics` names what is scored in place of the task's own:
-    metrics or sets of them (see `foreword.metrics`). Raises `ConfigError`, `DataError`, `PrefixError`,
-    `UnsupportedModel`.
+    metrics or sets of them (see `foreword.metrics`). What was written is handed to `unscored` if scoring it fails or is
+    interrupted. Raises `ConfigError`, `DataError`, `PrefixError`, `UnsupportedModel`.
     """
     task = get_task(task) if isinstance(task, str) else task
     chosen = check_metrics(task.metrics if metrics is None else metrics, task)
@@ -160,16 +165,16 @@ def evaluate(
             given = ", ".join([*generation, *(["max_new_tokens"] if max_new_tokens is not None else [])])
             raise ConfigError(f"{given} for task {task.name!r}", "no options of generation", "labels are predicted")
         return _evaluate_labels(objective, prefix, data, chosen, named, strict, batch_size, progress)
-    options = {"max_new_tokens": max_new_tokens or task.max_new_tokens, "stop": list(task.stop), **generation}
+    options = {**writing_options(task), **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}), **generation}
     prompts = [example.prompt for example in data.examples]
     start = time.perf_counter()
     texts = base.generate(prompts, prefix, batch_size=batch_size, progress=progress, **options)
     seconds = time.perf_counter() - start
     costs = base.score(prompts, [example.completion for example in data.examples], prefix, batch_size=batch_size)
     texts = [text.strip() for text in texts]
-    return Evaluation(
+    written = Evaluation(
         skipped_rows=len(data.skipped),
-        scores=score_outputs(chosen, texts, data.examples),
+        scores={},
         nats_per_token=sum(cost.nats for cost in costs) / max(1, sum(cost.tokens for cost in costs)),
         seconds=seconds,
         generation=options,
@@ -179,6 +184,30 @@ def evaluate(
         ],
         **named,
     )
+    try:
+        return replace(written, scores=score_outputs(chosen, texts, data.examples))
+    except BaseException:
+        if unscored is not None:
+            unscored(written)
+        raise
+
+
+def writing_options(task: Task) -> dict[str, Any]:
+    """How texts are written for a task unless it is said otherwise; nothing where labels are predicted."""
+    if task.kind != "generation":
+        return {}
+    return {"num_beams": 1, "max_new_tokens": task.max_new_tokens, "stop": list(task.stop)}
+
+
+def evaluation_file(split: str = "test", differs: Sequence[str] = ()) -> str:
+    """The file in a run folder for an evaluation; what `differs` from the task's own rows and options is in its name.
+
+    >>> evaluation_file(), evaluation_file("dev"), evaluation_file("test", ["webnlg-unseen", "beams-5"])
+    ('evaluation.json', 'evaluation-dev.json', 'evaluation-webnlg-unseen-beams-5.json')
+    """
+    words = "-".join([*([] if split == "test" else [split]), *differs])
+    plain = re.sub(r"[^\w.+-]+", "-", words)[:_LONGEST_NAME]
+    return f"evaluation-{plain}.json" if plain else EVALUATION
 
 
 def check_metrics(names: Iterable[str], task: Task, *, ready: bool = True) -> tuple[str, ...]:

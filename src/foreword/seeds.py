@@ -18,7 +18,7 @@ import numpy as np
 from foreword.base import BaseModel
 from foreword.config import TrainConfig
 from foreword.errors import ConfigError, RunError
-from foreword.evaluate import Evaluation, evaluate
+from foreword.evaluate import Evaluation, evaluate, writing_options
 from foreword.metrics import Metric, get_metric
 from foreword.prefix import Prefix
 from foreword.runs import EVALUATION, SUMMARY, is_run, provenance
@@ -107,12 +107,13 @@ def _named(progress: Progress, name: str) -> Progress:
 
 
 def evaluate_run(base: BaseModel, run: TrainResult, task: Task | str, progress: Progress | None = None) -> Evaluation:
-    """The test scores of a finished run, kept in its folder; not computed again for the same rows."""
+    """The test scores of a finished run, kept in its folder; not computed again for the same rows and options."""
     task = get_task(task) if isinstance(task, str) else task
     kept = None if run.folder is None else run.folder / EVALUATION
     if kept is not None and kept.exists():
         known = Evaluation.load(kept)
-        if (known.split, known.data_sha256) == ("test", task.split("test").sha256):
+        rows = {"task": task.name, "split": "test", "data_sha256": task.split("test").sha256}
+        if known.protocol == {**rows, **writing_options(task)} and tuple(known.scores) == tuple(task.metrics):
             return known
     advance = None if progress is None else lambda done, total: progress("test", done, total)
     evaluation = evaluate(base, run.prefix, task, "test", progress=advance)

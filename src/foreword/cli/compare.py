@@ -18,7 +18,10 @@ def compare(
         list[Path],
         typer.Argument(help="Run folders, folders of several seeds, or prefix folders; the first is compared with."),
     ],
-    split: Annotated[str, typer.Option(help="The scores to compare: test or dev.")] = "test",
+    split: Annotated[
+        str,
+        typer.Option(help="The scores to compare: test, dev, or any kept ones (beams-5: evaluation-beams-5.json)."),
+    ] = "test",
     measure: Annotated[
         bool,
         typer.Option("--measure", help="Also time forward passes with and without each prefix; loads the base model."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ from foreword.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from foreword.evaluate import Evaluation, Interval
     from foreword.seeds import Spread
+    from foreword.tasks import Task
 
 __all__ = ["evaluate", "print_scores", "print_side_by_side"]
 
@@ -54,7 +56,7 @@ def evaluate(
     show: Annotated[int, typer.Option(min=0, help="Print this many outputs.")] = 3,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write scores and all texts here. (default: evaluation.json in a run folder)"),
+        typer.Option("--out", "-o", help="Write scores and all texts here. (default: a file in the run folder)"),
     ] = None,
     strict: Strict = False,
     dtype: Dtype = "auto",
@@ -64,7 +66,9 @@ def evaluate(
 ) -> None:
     """Write for every row of a split, or predict its labels, and score against its references.
 
-    Of a folder of several seeds each prefix is scored, and how far the scores spread.
+    Of a folder of several seeds each prefix is scored, and how far the scores spread. A run folder keeps the texts:
+    evaluation.json are those of the task's own test rows and options, the only ones that foreword compare takes by
+    itself; others go to files that are named by what differs.
 
     foreword evaluate runs/trails --with-base
     foreword evaluate runs/rte
@@ -79,17 +83,21 @@ def evaluate(
     if out is not None and len(prefixes) > 1:
         raise ConfigError(f"--out {out} for {len(prefixes)} seeds", "no --out", "each run folder keeps its own scores")
     results: list[Evaluation] = []
-    untouched = [("base model", None)] if with_base or not prefixes else []
+    trained = [(f"with prefix {name}".strip(), path, each) for name, path, each in prefixes]
+    untouched = [("base model", None, None)] if with_base or not prefixes else []
     known = known_of(prefixes[0][2]) if prefixes else {}
     named = None if metrics is None else [name.strip() for name in metrics.split(",")]
-    for name, each in [*untouched, *((f"with prefix {name}".strip(), trained) for name, _, trained in prefixes)]:
+    for name, path, each in [*untouched, *trained]:
         chosen = make_task(task, files or {}, known if each is None else known_of(each), split)
         options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
+        differs = _differs(chosen, known.get("task"), limit, beams, max_new_tokens, named)
         with bar(name) as progress:
             results.append(
                 run(
                     loaded, each, chosen, split, limit=limit, strict=strict, batch_size=batch_size,
-                    max_new_tokens=max_new_tokens, metrics=named, progress=progress, **options,
+                    max_new_tokens=max_new_tokens, metrics=named, progress=progress,
+                    unscored=partial(_save, path=path, split=split, differs=[*differs, "unscored"], out=out),
+                    **options,
                 )
             )  # fmt: skip
     if len({result.data_sha256 for result in results}) > 1:
@@ -102,9 +110,8 @@ def evaluate(
         spread = {}
         print_side_by_side(results, show)
         print_scores(results)
-    tested = results[len(untouched) :] or results
-    for place, result in enumerate(tested):
-        _save(result, prefixes[place][1] if prefixes else None, split, out)
+    for result, (_, path, _) in zip(results[len(untouched) :] or results, trained or untouched, strict=True):
+        _save(result, path, split, differs, out)
     emit({"results": [result.to_dict(outputs=False) for result in results], **spread}, as_json)
 
 
@@ -120,12 +127,33 @@ def _check(prefix: Path | None, base: str | None, split: str, files: dict[str, A
         raise ConfigError(f"--out {out} is not a plain file", "a file to write or replace", "choose another path")
 
 
-def _save(result: Evaluation, path: Path | None, split: str, out: Path | None) -> None:
-    """Keep scores and texts in `out`, else in the run folder, where it is one."""
-    from foreword.runs import EVALUATION, is_run
+def _differs(
+    task: Task,
+    trained: str | None,
+    limit: int | None,
+    beams: int,
+    max_new_tokens: int | None,
+    metrics: list[str] | None,
+) -> list[str]:
+    """In what an evaluation is another one than that of the task of training with its own options, in few words."""
+    from foreword.metrics import metric_names
+
+    return [
+        *([task.name] if trained not in (None, task.name) else []),
+        *([f"limit-{limit}"] if limit is not None else []),
+        *([f"beams-{beams}"] if beams > 1 else []),
+        *([f"tokens-{max_new_tokens}"] if max_new_tokens not in (None, task.max_new_tokens) else []),
+        *(metrics if metrics is not None and metric_names(metrics) != tuple(task.metrics) else []),
+    ]
+
+
+def _save(result: Evaluation, path: Path | None, split: str, differs: list[str], out: Path | None) -> None:
+    """Keep scores and texts in `out`, else in a file of the run folder, where it is one."""
+    from foreword.evaluate import evaluation_file
+    from foreword.runs import is_run
 
     if out is None and path is not None and is_run(path):
-        out = path / (EVALUATION if split == "test" else f"evaluation-{split}.json")
+        out = path / evaluation_file(split, differs)
     if out is not None:
         result.save(out)
         say(f"all texts: {out}")
