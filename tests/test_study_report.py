@@ -476,6 +476,16 @@ def test_what_it_costs_shows_all_cells_with_their_front(jobs: list[Job], tmp_pat
     assert "trained parameters" in drawn and "seconds to train" in drawn
 
 
+def test_a_heading_of_pictures_alone_is_not_in_the_markdown(jobs: list[Job], tmp_path: Path) -> None:
+    html, markdown = report(tmp_path, jobs)
+    assert "What it costs" in html and "What it costs" not in markdown and "## Scores\n\n50 rows" in markdown
+
+
+def test_differences_say_what_they_are_to(tmp_path: Path) -> None:
+    jobs = [finished(tmp_path, label, 0.5, axis="", metric="bleu") for label in ("adapter", "full")]
+    assert "## Differences to Adapter, here and in the paper" in report(tmp_path, jobs)[1]
+
+
 def test_the_usual_prefix_is_the_one_that_others_are_compared_with(tmp_path: Path) -> None:
     jobs = [finished(tmp_path, "prefix", 0.5, axis="length", at=length) for length in (1, 10)]
     jobs.append(finished(tmp_path, "lora", 0.5, axis="rank", at=8))

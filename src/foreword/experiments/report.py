@@ -41,8 +41,18 @@ def save_report(study: Study, results: Results, folder: str | Path) -> tuple[Pat
     parts = list(_parts(study, results))
     page, text = folder / f"{study.name}.html", folder / f"{study.name}.md"
     save_page(page, f"Study {study.name}", "\n".join(map(html, parts)))
-    write_atomic(text, f"# Study {study.name}\n\n" + "\n\n".join(filter(None, map(markdown, parts))) + "\n")
+    write_atomic(text, f"# Study {study.name}\n\n" + "\n\n".join(map(markdown, _in_words(parts))) + "\n")
     return page, text
+
+
+def _in_words(parts: Sequence[Part]) -> list[Part]:
+    """The parts that Markdown has something of: no pictures, and no headings of nothing else."""
+    told = [part for part in parts if markdown(part)]
+    following = [*told[1:], Heading("")]
+    return [
+        part for part, after in zip(told, following, strict=True)
+        if not (isinstance(part, Heading) and isinstance(after, Heading))
+    ]  # fmt: skip
 
 
 def _parts(study: Study, results: Results) -> Iterator[Part]:
@@ -99,7 +109,10 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
                 yield Text(f"{results.at(place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}.")
                 yield _table(cells, test, metrics)
         if any(beside(cell, test, each) and cell.score(test, each) for cell in results.of(panel) for each in metrics):
-            yield Text(_PAPER)
+            yield Text(
+                "In the column of another base model stands what Prefix-Tuning published for the method, trained on "
+                "all rows; more of it is under Published figures."
+            )
         if any(cell.candidates > 1 for cell in results.of(panel)):
             yield Text(
                 "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes "
@@ -176,8 +189,9 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     for each, p in zip(found, corrected, strict=True):
         shown = Shown(each.shown, each.found.difference)
         runs = Shown(str(each.runs), each.runs)
-        rows.append([each.second.title, results.at(each.second.place), runs, shown, each.interval, Shown(p_text(p), p)])
-    yield Table(["method", results.place or "", "runs", "difference", "interval", "p (Holm)"], rows)
+        where = _where(results, each.second.place)
+        rows.append([each.second.title, *where, runs, shown, each.interval, Shown(p_text(p), p)])
+    yield Table(["method", *filter(None, [results.place]), "runs", "difference", "interval", "p (Holm)"], rows)
 
 
 def _reference(results: Results) -> str:
@@ -219,9 +233,10 @@ def _expected(results: Results) -> Iterator[Part]:
 
 
 def _compared(results: Results) -> Iterator[Part]:
-    """Differences to a prefix here and in the paper, where either has both; base models are not the same."""
+    """Differences to the reference here and in the paper, where either has both; base models are not the same."""
     reference = _reference(results)
     rows: list[list[Value]] = []
+    title = ""
     for panel in results.panels:
         for place in results.places(panel):
             cells = results.of(panel, place=place)
@@ -229,15 +244,19 @@ def _compared(results: Results) -> Iterator[Part]:
             for test in results.tests(panel) if own else []:
                 for metric in results.metrics(panel, test):
                     rows += [
-                        [cell.title, results.at(place), cell.tested(test), metric, *gaps]
+                        [cell.title, *_where(results, place), cell.tested(test), metric, *gaps]
                         for cell in cells if own and (gaps := _gaps(own, cell, test, metric))
                     ]  # fmt: skip
+            title = own.title if own else title
     if rows:
-        yield Heading("Differences to a prefix, here and in the paper")
-        yield Text(
-            f"{_PAPER} How much higher than the prefix beside them other methods score compares better than scores."
-        )
-        yield Table(["method", results.place, "test", "metric", "here", "published"], rows)
+        yield Heading(f"Differences to {title}, here and in the paper")
+        yield Text("Base models differ; how much higher one method scores than another compares better than scores.")
+        yield Table(["method", *filter(None, [results.place]), "test", "metric", "here", "published"], rows)
+
+
+def _where(results: Results, place: float | None) -> list[Value]:
+    """The place in a table, which has no such column where there are none."""
+    return [results.at(place)] if results.place else []
 
 
 def _gaps(own: Cell, cell: Cell, test: str, metric: str) -> list[Value]:
