@@ -14,15 +14,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.labels import ENCODERS, LabelToy
+from tests.labels import KINDS as LABELLED
 from tests.tiny import TINY, VOCAB, tiny_base
 from tests.toy import ToyTask
 from tokenizers import processors
 from torch import Tensor
 
 from foreword.base import BaseModel
+from foreword.begin import begin_objective
 from foreword.config import TrainConfig
 from foreword.data import encode_split
 from foreword.errors import ConfigError, DataError, RunError, UnsupportedModel
+from foreword.evaluate import evaluate
 from foreword.methods import METHODS, SEARCH_SIZE, TEMPLATES, Fitted, MethodConfig, fit, fit_each, fitting, search_space
 from foreword.methods.adapters import AdapterTuning, bottleneck_size
 from foreword.methods.fitted import FittedPrefix, FittedTuning
@@ -33,13 +37,16 @@ from foreword.methods.triggers import TriggerSearch
 from foreword.methods.tuning import sublayers
 from foreword.methods.virtual import Extended, Vectors, VirtualTokens, vocabulary, word_vectors
 from foreword.methods.weights import WeightTuning, all_weights, top_weights
-from foreword.parametrization import parametrize
+from foreword.objectives import Objective, objective_of
+from foreword.parametrization import PrefixModule, parametrize
 from foreword.prefix import Prefix
 from foreword.tasks import Example, Labelled, Split
 from foreword.train import train
 
 WRITTEN = ("zero_shot", "few_shot")
-TRAINED = tuple(name for name in METHODS if name not in WRITTEN)
+WRITING = tuple(name for name, method in METHODS.items() if "decoder" in method.bases)
+TRAINED = tuple(name for name in WRITING if name not in WRITTEN)
+READING = tuple(name for name, method in METHODS.items() if "encoder" in method.bases)
 SMALL: dict[str, dict[str, Any]] = {
     "adapter": {"share": 0.1}, "lora": {"rank": 4, "learning_rate": 0.03}, "prompt_tuning": {"length": 4},
     "embedding": {"length": 4}, "p_tuning": {"length": 4, "hidden_size": 8}, "infix": {"length": 4},
@@ -65,7 +72,7 @@ def toy_fit(method: str, model: str = "llama") -> Fitted:
 
 
 def untrained(base: BaseModel, split: Split) -> float:
-    return measure(base, encode_split(base, split), 7)
+    return measure(objective_of(base, ToyTask()), encode_split(base, split), 7)
 
 
 def snapshot(base: BaseModel) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def assert_as_before(base: BaseModel, before: dict[str, Any]) -> None:
 # The interface, for every method
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WRITING)
 def test_every_method_fits_writes_scores_and_leaves_no_trace(method: str) -> None:
     base = tiny_base("llama")
     fingerprint = base.fingerprint
@@ -134,7 +141,7 @@ def test_candidates_come_to_what_they_come_to_alone(method: str) -> None:
     assert together == (method != "lora") and together != ("candidate 3 of 3" in stages)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WRITING)
 def test_the_seconds_of_a_fit_are_those_of_all_it_does(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its first row on, whichever the method is: on a clock that encoding a row takes a second of."""
     clock = itertools.count(step=1e-9)
@@ -163,7 +170,7 @@ def test_a_lost_candidate_has_its_share_of_the_seconds(monkeypatch: pytest.Monke
 def begun(base: BaseModel, method: str, **values: Any) -> float:
     """The loss on the training rows where a method begins: trained with steps of no size, searched with none."""
     if method == "autoprompt":
-        search = TriggerSearch(base, TRAIN, DEV, config_of(method, **values))
+        search = TriggerSearch(base, ToyTask(), config_of(method, **values))
         return search.loss(search.ids, range(len(TRAIN)))
     values = {**values, "learning_rate": 1e-12, "max_steps": 1}
     return fit_toy(base, method, **values).score(TRAIN.examples)
@@ -179,7 +186,7 @@ def test_training_lowers_the_loss(method: str) -> None:
         assert fitted.metrics["best_step"] == 3 * (1 + fitted.metrics["dev_losses"].index(fitted.metrics["dev_loss"]))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WRITING)
 def test_a_fit_depends_on_its_seed_alone(method: str) -> None:
     state = torch.get_rng_state()
     first, again, other = (fit_toy(tiny_base("llama"), method, epochs=1, seed=seed) for seed in (0, 0, 1))
@@ -261,7 +268,7 @@ def test_counts_of_parameters() -> None:
         "apt": slots + 2 * 32 * 4,  # and the gates' matrices; the layers' factors are folded in
         "autoprompt": 0, "zero_shot": 0, "few_shot": 0,
     }  # fmt: skip
-    assert {method: toy_fit(method).parameters for method in METHODS} == expected
+    assert {method: toy_fit(method).parameters for method in WRITING} == expected
     for method, count in expected.items():
         if count:
             assert toy_fit(method).num_bytes == 4 * count, method
@@ -347,13 +354,22 @@ def test_small_steps_are_not_lost_in_half_precision() -> None:
     config = TrainConfig(
         max_steps=20, learning_rate=1e-3, batch_size=7, warmup_ratio=0.0, schedule="constant", patience=0
     )
-    metrics = train_weights(base, [scale], encode_split(base, TRAIN), encode_split(base, DEV), config)
+    objective = objective_of(base, ToyTask())
+    metrics = train_weights(objective, [scale], objective.encode(TRAIN), objective.encode(DEV), config)
     assert metrics["best_step"] > 3
     assert scale.dtype == torch.bfloat16
     assert (scale.detach().float() - 1).abs().max() >= 2**-7
 
 
 # The loop
+
+
+def reading(objective: Objective, module: PrefixModule) -> Objective:
+    """The objective of a base model that reads a prefix, of which the loop knows nothing."""
+    read = copy.copy(objective)
+    read.losses = lambda parts, _: objective.losses(parts, module())  # type: ignore[method-assign]
+    read.measures = lambda parts, _: objective.measures(parts, module())  # type: ignore[method-assign]
+    return read
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 3])
@@ -366,9 +382,9 @@ def test_the_loop_trains_as_prefixes_are_trained(micro_batch_size: int) -> None:
     start = Prefix.new(base, 4, text="one two three four")
     ours = train(base, start, ToyTask(), config)
     module = parametrize(start)
+    objective = reading(objective_of(base, ToyTask()), module)
     metrics = train_weights(
-        base, list(module.parameters()), encode_split(base, TRAIN), encode_split(base, DEV), config,
-        loss=lambda batch: base.completion_loss(batch, module()),
+        objective, list(module.parameters()), objective.encode(TRAIN), objective.encode(DEV), config
     )  # fmt: skip
     assert metrics["dev_loss"] == pytest.approx(ours.metrics["best_dev_loss"], rel=1e-5)
     assert (metrics["steps"], metrics["best_step"], metrics["tokens"]) == tuple(
@@ -640,7 +656,7 @@ def test_prefixes_are_those_of_foreword() -> None:
 
 def test_the_search_never_gets_worse_on_its_batch_and_stays_in_the_vocabulary() -> None:
     base = tiny_base("llama")
-    search = TriggerSearch(base, TRAIN, DEV, config_of("autoprompt", length=3, candidates=6))
+    search = TriggerSearch(base, ToyTask(), config_of("autoprompt", length=3, candidates=6))
     ordinary = set(vocabulary(base))
     assert not ordinary & {0, 1, 2}  # padding, start, end
     first = list(search.ids)
@@ -657,12 +673,14 @@ def test_the_search_never_gets_worse_on_its_batch_and_stays_in_the_vocabulary() 
 def test_the_search_asks_the_gradient() -> None:
     """The promising tokens are those with the lowest directional derivative, taken by hand through plain embeddings."""
     base = tiny_base("llama")
-    search = TriggerSearch(base, TRAIN, DEV, config_of("autoprompt", length=2, candidates=5, place="back"))
+    search = TriggerSearch(base, ToyTask(), config_of("autoprompt", length=2, candidates=5, place="back"))
     batch = [0, 3]
-    rows = search._written(search.train, search.ids, batch)
+    named = dict(zip(search.soft.ids, search.ids, strict=True))
     grads = []
     for row in batch:
-        prompt, completion = rows.encoded[row]
+        prompt, completion = search.train.encoded[row]
+        prompt = [named.get(token, token) for token in prompt]
+        assert prompt[-2:] == search.ids
         ids = torch.tensor([prompt + completion])
         vectors = word_vectors(base)(ids).detach().requires_grad_()
         logits = base.model(inputs_embeds=vectors).logits[0, len(prompt) - 1 : -1]
@@ -676,14 +694,14 @@ def test_the_search_asks_the_gradient() -> None:
 def test_the_search_reads_batches_in_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base("llama")
     whole, cut = (
-        TriggerSearch(base, TRAIN, DEV, config_of("autoprompt", candidates=5, micro_batch_size=size)) for size in (0, 2)
+        TriggerSearch(base, ToyTask(), config_of("autoprompt", candidates=5, micro_batch_size=size)) for size in (0, 2)
     )
     batch = [0, 3, 4, 8, 11]
     wanted = whole.loss(whole.ids, batch), whole.promising(batch, 1)
     read: list[int] = []
-    original = BaseModel.completion_loss
+    original = BaseModel.completion_logits
     monkeypatch.setattr(
-        BaseModel, "completion_loss", lambda self, given, *rest: (
+        BaseModel, "completion_logits", lambda self, given, *rest: (
             read.append(len(given["labels"])), original(self, given, *rest),
         )[1],
     )  # fmt: skip
@@ -839,7 +857,7 @@ def test_every_method_is_tuned_over_as_many_candidates() -> None:
         ({"method": "lora", "rank": "8"}, "rank = '8' for method 'lora'; expected a value like 8"),
         ({"method": "infix", "deep": 1}, "deep = 1 for method 'infix'; expected a value like True"),
         ({"method": "zero_shot", "template": "x"}, "expected one of first, labelled, last, headed, chat"),
-        ({"method": "zero_shot", "learning_rate": 0.1}, "none: it takes no gradient steps"),
+        ({"method": "zero_shot", "learning_rate": 0.1}, "none: it trains nothing at that rate"),
         ({"method": "adapter", "share": 1.5}, "share = 1.5"),
         ({"method": "full", "epochs": 0}, "epochs = 0; expected at least 1"),
     ],
@@ -853,13 +871,195 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="is an encoder"):
         fit_toy(tiny_base("bert"), "full")
     labelled = Split("train", [Labelled("1", (("a",),), "x", "a\n", ("x",), 1)])
-    with pytest.raises(ConfigError, match="labelled rows in train"):
+    with pytest.raises(
+        ConfigError, match="Labelled rows in train; expected Example, of a generation task; pass the task"
+    ):
         fit(tiny_base("llama"), labelled, DEV, config_of("full"))
     with pytest.raises(ConfigError, match="100 virtual tokens; expected fewer than 64"):
         fit_toy(tiny_base("llama"), "embedding", length=100)
     long = Split("train", [example._replace(prompt="far too long " * 40) for example in TRAIN.examples])
     with pytest.raises(DataError, match="no usable row"):
         fit(tiny_base("llama"), long, DEV, config_of("adapter"))
+
+
+# Tasks with labels
+
+
+SEEN = {"max_position_embeddings": 256}  # room for shots of the longest rows
+ASKED = [
+    *((method, "classification", "llama") for method in WRITING), *((method, "choice", "llama") for method in WRITING),
+    *((method, kind, "bert") for method in READING for kind in LABELLED),
+    ("full", "classification", "t5"), ("embedding", "choice", "t5"), ("few_shot", "classification", "bart"),
+]  # fmt: skip
+
+
+TAUGHT = ("full", "lora", "head", "adapter", "embedding", "apt")
+
+
+def fit_labels(base: BaseModel, task: LabelToy, method: str, **values: Any) -> Fitted:
+    return fit(base, task.split("train"), task.split("dev"), config_of(method, **values), task=task)
+
+
+@pytest.mark.parametrize(("method", "kind", "model"), ASKED)
+def test_every_method_learns_labels_and_leaves_no_trace(method: str, kind: str, model: str) -> None:
+    base, task = tiny_base(model, **(SEEN if model == "llama" else {})), LabelToy(kind)
+    before = snapshot(base)
+    fitted = fit_labels(base, task, method)
+    dev = task.split("dev").examples
+    found = fitted.predict(dev)
+    known = {" ".join(each.tags) for each in dev} if kind == "tagging" else set(task.labels)
+    assert len(found) == len(dev) and (kind == "tagging" or set(found) <= known)
+    if kind == "tagging":
+        assert [len(tags.split()) for tags in found] == [len(each.tags) for each in dev]
+        assert {tag for tags in found for tag in tags.split()} <= set(task.labels)
+    assert fitted.score(dev) == pytest.approx(fitted.metrics["dev_loss"], rel=1e-5)
+    assert (fitted.head is not None) == (model == "bert")
+    assert_as_before(base, before)
+
+
+@pytest.mark.parametrize(("method", "kind", "model"), [each for each in ASKED if each[0] in TAUGHT])
+def test_training_on_labels_lowers_the_loss(method: str, kind: str, model: str) -> None:
+    base, task = tiny_base(model, **(SEEN if model == "llama" else {})), LabelToy(kind)
+    rates = {"learning_rate": 1e-12} if METHODS[method].rates else {}
+    begun = fit_labels(base, task, method, max_steps=1, head_learning_rate=1e-12, **rates)
+    rows = task.split("train").examples
+    assert fit_labels(base, task, method).score(rows) < begun.score(rows) - 0.01
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+@pytest.mark.parametrize("method", ["prefix", "ptuning2", "apt"])
+def test_prefixes_for_labels_are_those_of_foreword(method: str, kind: str) -> None:
+    task, options = LabelToy(kind), {"ptuning2": {"init": "random"}, "apt": {"gates": "apt"}}.get(method, {})
+    config = TrainConfig(length=4, epochs=3, batch_size=7, patience=0, dev_limit=0, select="loss", **options)
+    for model in ("bert",) if kind == "tagging" else ("bert", "llama"):
+        base = tiny_base(model)
+        fitted = fit_labels(base, task, method)
+        assert isinstance(fitted, FittedPrefix)
+        ours = train(base, None, task, config)
+        assert fitted.prefix.sha256() == ours.prefix.sha256()
+        assert fitted.metrics["dev_loss"] == ours.metrics["best_dev_loss"]
+        found = evaluate(base, ours.prefix, task, "test")
+        test = task.split("test").examples
+        assert fitted.predict(test) == [output.text for output in found.outputs]
+        nats = found.nats_per_token if model == "llama" else found.nats_per_label
+        assert fitted.score(test) == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_the_loop_trains_heads_as_they_are_trained_beside_prefixes(kind: str) -> None:
+    """With the same dropout and at a rate of their own."""
+    base, task = tiny_base("bert"), LabelToy(kind)
+    config = TrainConfig(
+        length=4, epochs=3, batch_size=7, patience=0, dev_limit=0, select="loss", head_learning_rate=2e-2, seed=3
+    )
+    start = Prefix.new(base, 4, text="one two three four")
+    ours = train(base, start, task, config)
+    module, plain = parametrize(start), begin_objective(base, None, task, config)
+    rows, dev = plain.encode(task.split("train")), plain.encode(task.split("dev"))
+    metrics = train_weights(reading(plain, module), list(module.parameters()), rows, dev, config)
+    assert metrics["dev_loss"] == pytest.approx(ours.metrics["best_dev_loss"], rel=1e-5)
+    assert metrics["best_step"] == ours.metrics["best_step"]
+    assert plain.head is not None and ours.prefix.head is not None
+    torch.testing.assert_close(plain.head.weight.detach(), ours.prefix.head.weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ENCODERS)
+@pytest.mark.parametrize("method", ["full", "top2", "adapter", "lora"])
+def test_other_encoders(method: str, model: str) -> None:
+    base, task = tiny_base(model), LabelToy("classification")
+    before = snapshot(base)
+    own = {"lora": {"targets": "all"}, "top2": {"layers": 1}}.get(method, {})
+    fitted = fit_labels(base, task, method, **own)
+    alone = fit_labels(base, task, "head")
+    assert fitted.metrics["dev_loss"] != alone.metrics["dev_loss"]
+    assert fitted.parameters > alone.parameters == sum(tensor.numel() for tensor in alone.tensors().values())
+    assert_as_before(base, before)
+
+
+# Where an encoder's layer adds its attention and its MLP to what it was given, by family.
+SUMS = {
+    **{name: (f"{name}.encoder.layer.0.attention.output.dense", f"{name}.encoder.layer.0.output.dense")
+       for name in ("bert", "roberta", "electra")},
+    "xlm-roberta": ("roberta.encoder.layer.0.attention.output.dense", "roberta.encoder.layer.0.output.dense"),
+    "deberta-v2": ("deberta.encoder.layer.0.attention.output.dense", "deberta.encoder.layer.0.output.dense"),
+    "distilbert": ("distilbert.transformer.layer.0.attention", "distilbert.transformer.layer.0.ffn.lin2"),
+    "albert": tuple(f"albert.encoder.albert_layer_groups.0.albert_layers.0.{name}"
+                    for name in ("attention.dense", "ffn_output")),
+    "modernbert": ("model.layers.0.attn", "model.layers.0.mlp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ENCODERS)
+def test_an_encoders_sublayers_end_before_their_sums(model: str) -> None:
+    base = tiny_base(model)
+    found = sublayers(base)
+    assert (next(iter(found.attention)), next(iter(found.mlp))) == SUMS[model]
+    layers = found.layers["encoder"]
+    assert len(found.attention) == len(found.mlp) == len(layers)
+    top = layers[-1][0]
+    outside = {name.rpartition(".")[0] for name in top_weights(base, 1) if not name.startswith(f"{top}.")}
+    assert outside == ({"model.final_norm"} if model == "modernbert" else set())
+
+
+def test_adapters_equal_an_encoder_written_with_them() -> None:
+    base, task = tiny_base("bert"), LabelToy("classification")
+    rows = task.split("test").examples
+    fitted = fit_labels(base, task, "adapter")
+    assert isinstance(fitted, FittedTuning) and isinstance(fitted.tuning, AdapterTuning)
+    wanted = fitted.score(rows), fitted.predict(rows)
+    for layer in base.model.bert.encoder.layer:
+        for part in (layer.attention.output, layer.output):
+            name = next(name for name, module in base.model.named_modules() if module is part)
+            part.dense = torch.nn.Sequential(part.dense, fitted.tuning.adapters[f"{name}.dense"])
+    written = objective_of(base, task, head=fitted.head)
+    measured = written.measure(written.encode(task.split("test")), range(len(rows)), None)
+    assert measured.nats / measured.units == pytest.approx(wanted[0], rel=1e-5)
+    assert [written.answer(each) for each in measured.predictions] == wanted[1]
+
+
+def test_a_labelled_shot_has_its_right_word() -> None:
+    rows = LabelToy("classification").split("train").examples[:2]
+    base = tiny_base("llama", **SEEN)
+    prompting = Prompting(base, config_of("few_shot", shots=2), rows, "Do it.", LabelToy("classification").labels)
+    prompting.shots.sort()
+    assert prompting.write("c\n") == f"Do it.\n\n{rows[0].prompt}low\n\n{rows[1].prompt}high\n\nc\n"
+    assert prompting.room(rows[0]) == len(base.encode("", "nothing at all")[1])
+    texts = ("Do it.", rows[0].prompt, "low", rows[1].prompt, "high")
+    assert prompting.num_bytes == sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "method", "options", "message"),
+    [
+        (
+            "bert",
+            "classification",
+            "few_shot",
+            {},
+            r"'few_shot' on 'tiny-bert' \(encoder\); expected one of full, .* head",
+        ),
+        ("bert", "tagging", "prompt_tuning", {}, r"'prompt_tuning' on 'tiny-bert' \(encoder\)"),
+        ("bert", "choice", "lora", {"template": "first"}, "template 'first' on 'tiny-bert' .* expected none"),
+        ("llama", "choice", "head", {}, r"'head' on 'tiny-llama' \(decoder\); expected one of full, "),
+        ("llama", "tagging", "prefix", {}, "is a decoder and tags no words"),
+        ("albert", "choice", "lora", {}, "LoRA on 'tiny-albert' .* choose targets 'all'"),
+    ],
+)
+def test_what_does_not_go_with_a_base_is_refused(
+    model: str, kind: str, method: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        fit_labels(tiny_base(model), LabelToy(kind), method, **options)
+
+
+def test_a_task_and_its_rows_go_together() -> None:
+    base, task = tiny_base("llama"), LabelToy("choice")
+    with pytest.raises(ConfigError, match="Example rows in train; expected Labelled, of a choice task"):
+        fit(base, TRAIN, DEV, config_of("full"), task=task)
+    with pytest.raises(ConfigError, match="labels of a task of kind generation; expected a task that has some"):
+        toy_fit("zero_shot").predict(DEV.examples)
+    with pytest.raises(DataError, match="no example"):
+        fit_labels(tiny_base("bert"), task, "head", epochs=1).predict([])
 
 
 def test_fine_tuned_weights_take_the_place_of_the_base_and_nothing_is_copied_back() -> None:

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 from tests.studying import tiny_study
-from tests.tiny import VOCAB
+from tests.tiny import VOCAB, save_tiny
 
 from foreword.base import BaseModel
 from foreword.errors import ConfigError, DataError, MissingPackage, RunError
-from foreword.evaluate import score_outputs
+from foreword.evaluate import Interval, evaluate, score_outputs
 from foreword.experiments import jobs_of, list_studies, load_study
 from foreword.experiments.perform import TEXTS, _base, _files_hash, check, data_of, perform
 from foreword.methods import METHODS, MethodConfig, fit, search_space
-from foreword.tasks import LowData, get_task
+from foreword.prefix import Prefix
+from foreword.tasks import FewShot, LowData, get_task
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,81 @@ def test_a_run_equals_its_parts_done_by_hand(tmp_path: Path, tiny: dict[str, Any
     assert result["base_fingerprint"] == base.fingerprint and result["device"] == str(base.device)
     assert result["train_seconds"] > 0 and result["inference_seconds"] > 0
     assert "writing test" in stages and any(stage.startswith("training") for stage in stages)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    """Configurations with labels or tags, an encoder or a decoder, by the task."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for split, count in (("train", 40), ("test", 8)):
+        texts = [(f"{split} {row}, " + ("good" if row % 2 else "bad"), "ny"[row % 2]) for row in range(count)]
+        (folder / f"{split}.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in texts))
+        tagged = [f"{split}{row} O\nin O\n{'Rome' if row % 2 else 'Oslo'} B-Loc\n" for row in range(count)]
+        (folder / f"{split}.conll").write_text("\n".join(tagged))
+    encoder = save_tiny("bert", folder / "encoder")
+    decoder = save_tiny("llama", folder / "decoder", max_position_embeddings=256)
+    texts = {"task": "labelled", "task_train": str(folder / "train.csv"), "task_test": str(folder / "test.csv")}
+    tags = {"task": "conll", "task_train": str(folder / "train.conll"), "task_test": str(folder / "test.conll")}
+    yield {
+        "heads": {**texts, "base": encoder}, "words": {**texts, "base": decoder}, "tags": {**tags, "base": encoder},
+    }  # fmt: skip
+    _base.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("heads", "apt"),
+        ("heads", "full"),
+        ("words", "prefix"),
+        ("words", "few_shot"),
+        ("tags", "apt"),
+        ("tags", "head"),
+    ],
+)
+def test_labels_are_predicted_kept_and_scored(
+    kind: str, method: str, tmp_path: Path, labelled: dict[str, dict[str, Any]]
+) -> None:
+    config = {
+        **labelled[kind], "method": method, "rows_per_label": 5, "sample": 2, "seed": 1, "epochs": 2, "test_limit": 7
+    }  # fmt: skip
+    check(config)
+    result, lines, stages = run(tmp_path, config)
+    base, task = BaseModel.load(config["base"]), get_task(
+        config["task"], train=config["task_train"], test=config["task_test"]
+    )  # fmt: skip
+    source = FewShot(task, 5, 2)
+    train, dev = source.split("train"), source.split("dev")
+    assert result["rows"] == {"train": len(train), "dev": len(dev)}
+    assert result["data"] == {"train": train.sha256, "dev": dev.sha256}
+    fitted = fit(base, train, dev, MethodConfig.of(method, epochs=2, seed=1), task=task)
+    by_id = {example.id: example for example in task.split("test").examples}
+    tested = [by_id[line["id"]] for line in lines]
+    assert len(tested) == 7 and [line["text"] for line in lines] == fitted.predict(tested)
+    for line, example in zip(lines, tested, strict=True):
+        right = " ".join(example.tags) if kind == "tags" else example.label
+        read = " ".join(example.words) if kind == "tags" else example.prompt
+        assert line == {"test": "test", "id": example.id, "prompt": read, "text": line["text"], "references": [right]}
+    assert result["nats_per_token"]["test"] == pytest.approx(fitted.score(tested), rel=1e-5)
+    assert result["unit"] == ("token" if kind == "words" else "label")
+    assert (result["parameters"], result["num_bytes"]) == (fitted.parameters, fitted.num_bytes)
+    assert (result["inference_rows"], result["inference_tokens"]) == (7, 0) and result["inference_seconds"] > 0
+    assert list(result["scores"]["test"]) == list(task.metrics) and "predicting test" in stages
+    if kind != "tags":
+        share = 100 * sum(line["text"] == line["references"][0] for line in lines) / 7
+        assert result["scores"]["test"]["accuracy"]["value"] == pytest.approx(share)
+
+
+def test_the_scores_of_labels_are_those_of_an_evaluation(tmp_path: Path, labelled: dict[str, dict[str, Any]]) -> None:
+    config = {**labelled["heads"], "method": "prefix", "rows": 10, "epochs": 1}
+    result, _, _ = run(tmp_path, config)
+    base = BaseModel.load(config["base"])
+    task = get_task("labelled", train=config["task_train"], test=config["task_test"])
+    source = LowData(task, 10, 0)
+    fitted = fit(base, source.split("train"), source.split("dev"), MethodConfig.of("prefix", epochs=1), task=task)
+    assert isinstance(fitted.prefix, Prefix)
+    found = evaluate(base, fitted.prefix, task)
+    assert {name: Interval(**score) for name, score in result["scores"]["test"].items()} == found.scores
 
 
 def test_tuning_tries_as_many_candidates_and_keeps_the_best(tmp_path: Path, tiny: dict[str, Any]) -> None:
@@ -202,7 +278,24 @@ def test_a_process_loads_a_base_once(tmp_path: Path, tiny: dict[str, Any]) -> No
         ({"method": ""}, "no method; expected the name of a method; add method = "),
         ({"method": "magic"}, "method 'magic'; expected one of full, "),
         ({"task": "magic"}, "task 'magic'"),
-        ({"task": "rte"}, r"task = 'rte' \(classification\); expected a task whose answers are written"),
+        ({"task": "conll04"}, r"task = 'conll04' \(tagging\) on 'smollm2-135m' \(decoder\); expected .* is encoder"),
+        (
+            {"base": "minilm"},
+            r"task = 'e2e' \(generation\) on 'minilm' \(encoder\); expected .* decoder or encoder-decoder",
+        ),
+        ({"method": "head"}, "method 'head' for task 'e2e' on 'smollm2-135m'; expected one of full, .*, autoprompt, "),
+        (
+            {"method": "few_shot", "task": "rte", "base": "minilm"},
+            "method 'few_shot' .* expected one of full, .*, head, ",
+        ),
+        ({"method": "lora", "template": "first", "task": "rte", "base": "minilm"}, "template 'first' .* expected none"),
+        ({"method": "autoprompt", "task": "conll04", "base": "some/model"}, "method 'autoprompt' for task 'conll04'"),
+        ({"task": "rte", "beams": 5}, "beams = 5 for task 'rte'; expected 1: labels are predicted"),
+        ({"task": "rte", "metrics": "bleu"}, "metric 'bleu' for task 'rte'; expected a metric of labels"),
+        ({"task": "rte", "tests": "rte cb"}, r"tests = 'cb' \(classification\) for task 'rte' .* expected the same"),
+        ({"tests": "rte"}, r"tests = 'rte' \(classification\) for task 'e2e' \(generation\)"),
+        ({"rows_per_label": 4}, r"shots of task 'e2e' \(generation\)"),
+        ({"task": "rte", "rows_per_label": 4, "rows": 8}, "rows_per_label with rows or fraction"),
         ({"tests": "e2e magic"}, "task 'magic'"),
         ({"task_words": 3}, "option 'words' of task 'e2e'"),
         ({"rows": -1}, "rows = -1; expected a whole number of at least 0; correct rows"),
@@ -258,6 +351,17 @@ def test_low_data_small_is_what_the_issue_asks_for() -> None:
     assert {(run_.config["tuning"], run_.config["max_steps"]) for run_ in runs} == {(2, 60)}
 
 
+def test_the_study_of_understanding_is_what_it_says() -> None:
+    runs = load_study("understanding", own="no such folder").runs
+    cells = {(run_.config["task"], run_.config["method"], run_.config["sample"]) for run_ in runs}
+    methods = ("prefix", "ptuning2", "apt", "full", "lora", "adapter", "head")
+    assert len(runs) == len(cells) == 84 and cells == {
+        (task, method, sample) for task in ("sst2", "trec", "rte", "conll04") for method in methods
+        for sample in (0, 1, 2)
+    }  # fmt: skip
+    assert {(run_.config["base"], run_.config["rows_per_label"]) for run_ in runs} == {("minilm", 32)}
+
+
 def test_the_full_protocol_has_the_papers_cells() -> None:
     runs = load_study("low-data", own="no such folder").runs
     cells = {(run_.config["rows"], run_.config["sample"], run_.config["seed"]) for run_ in runs}
@@ -268,9 +372,10 @@ def test_the_full_protocol_has_the_papers_cells() -> None:
 
 
 def test_every_method_can_be_named(tiny: dict[str, Any]) -> None:
-    for method in METHODS:
-        check({**tiny, "method": method})
-        check({**tiny, "method": method, "tuning": 4})
+    for method, known in METHODS.items():
+        given = tiny if "decoder" in known.bases else {"task": "conll04", "base": "minilm"}
+        check({**given, "method": method})
+        check({**given, "method": method, "tuning": 4})
 
 
 def test_real_rows_have_an_address(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

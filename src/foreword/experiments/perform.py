@@ -1,4 +1,4 @@
-"""What one run of a study does: draw the rows, tune and fit a method, write for the test rows, score.
+"""What one run of a study does: draw the rows, tune and fit a method, write or predict for the test rows, score.
 
 The configuration is flat. These keys say what is compared on what; all others are options of the method, as
 `foreword.methods.MethodConfig` explains them:
@@ -8,16 +8,18 @@ The configuration is flat. These keys say what is compared on what; all others a
     task, task_*      the task and its options: task_transfer = "within-news" is its option `transfer`
     instruction       what the task asks for, in other words than the task's own
     rows, fraction    so many training rows, with 0.3 times as many for dev, or a share of them; else all
+    rows_per_label    so many training rows of each label, and as many for dev
     sample, seed      seeds of the drawn rows and of training
     dev_limit         so many of the dev rows, always the same ones (0: all)
     tuning            so many candidates of the method's search space, the best by dev loss; 0: its defaults
-    tests             tasks whose test rows are written, such as "webnlg-seen webnlg-unseen"; "": the task's own
+    tests             tasks whose test rows are read, such as "webnlg-seen webnlg-unseen"; "": the task's own
     test_limit        so many of the test rows, always the same ones (0: all)
     metrics           names of metrics or of sets of them, separated by spaces; "": the task's own
     beams, test_batch_size
 
-Test rows that are too long for the base model once a method adds its tokens are left out of all runs and counted.
-Nothing else of `foreword.experiments` is read here: this file is part of the code version of a result.
+Labels are predicted, all else is written. Test rows that are too long for the base model once a method adds its tokens
+are left out of all runs and counted. Nothing else of `foreword.experiments` is read here: this file is part of the code
+version of a result.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreword.errors import ConfigError, DataError, RunError
 from foreword.storage import file_sha256, write_atomic
-from foreword.tasks import Split, Task, draw_rows, drawn, get_task
+from foreword.tasks import AnyExample, Example, Labelled, Split, Tagged, Task, draw_rows, drawn, get_task
 
 if TYPE_CHECKING:
     from foreword.base import BaseModel
@@ -46,12 +48,14 @@ Progress = Callable[[str, int, int], None]
 TEXTS = "texts.jsonl"  # beside the result: one line for each test row
 PROTOCOL: dict[str, Any] = {
     "method": "", "base": "smollm2-135m", "dtype": "auto", "task": "", "instruction": "", "rows": 0, "fraction": 1.0,
-    "sample": 0, "seed": 0, "dev_limit": 0, "tuning": 0, "tests": "", "test_limit": 0, "metrics": "", "beams": 1,
-    "test_batch_size": 20,
+    "rows_per_label": 0, "sample": 0, "seed": 0, "dev_limit": 0, "tuning": 0, "tests": "", "test_limit": 0,
+    "metrics": "", "beams": 1, "test_batch_size": 20,
 }  # fmt: skip
 _TASK_OPTION = "task_"
 _ROOM = 64  # tokens: what a method may read with every prompt, its virtual tokens or its instruction
 _AT_LEAST = {"beams": 1, "test_batch_size": 1}
+_BASES = ("decoder", "encoder-decoder", "encoder")
+_BASES_FOR = {"generation": _BASES[:2], "tagging": _BASES[2:]}  # kinds of base models that do a kind of task
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -63,15 +67,40 @@ def check(config: Mapping[str, Any]) -> None:
     """
     for key, default in PROTOCOL.items():
         _check_value(key, config.get(key, default), default)
-    protocol = _protocol(config)
+    protocol, tasks = _protocol(config), _tasks(config)
     if not 0 < protocol["fraction"] <= 1 or (protocol["rows"] and protocol["fraction"] != 1):
         raise ConfigError(f"fraction = {protocol['fraction']}", "above 0 and at most 1, without rows", "correct it")
-    for task in _tasks(config).values():
-        if task.kind != "generation":
-            raise ConfigError(f"task = {task.name!r} ({task.kind})", "a task whose answers are written", "choose one")
-    for task in _tasks(config).values():
+    if protocol["rows_per_label"] and (protocol["rows"] or protocol["fraction"] != 1):
+        raise ConfigError("rows_per_label with rows or fraction", "one way of drawing rows", "leave the others out")
+    own = tasks[""]
+    _source(own, protocol)
+    if own.kind != "generation" and protocol["beams"] > 1:
+        raise ConfigError(f"beams = {protocol['beams']} for task {own.name!r}", "1: labels are predicted", "correct it")
+    for task in tasks.values():
+        if protocol["tests"] and (task.kind, tuple(task.labels)) != (own.kind, tuple(own.labels)):
+            raise ConfigError(
+                f"tests = {task.name!r} ({task.kind}) for task {own.name!r} ({own.kind})", "the same kind and labels",
+                "choose another test",
+            )  # fmt: skip
         _metrics(protocol, task)
-    _candidates(config)
+    _check_base(protocol["base"], own, _candidates(config))
+
+
+def _check_base(base: str, task: Task, candidates: Sequence[MethodConfig]) -> None:
+    """Raise `ConfigError` for a task or a method that the base model, as far as it is known, is not for."""
+    from foreword.methods import misfit
+    from foreword.packaged import packaged_models
+
+    packaged = packaged_models().get(base)
+    known = _BASES if packaged is None else (packaged.kind,)
+    kinds = [kind for kind in known if kind in _BASES_FOR.get(task.kind, _BASES)]
+    if not kinds:
+        expected = f"a base model that is {' or '.join(_BASES_FOR[task.kind])}"
+        raise ConfigError(f"task = {task.name!r} ({task.kind}) on {base!r} ({known[0]})", expected, "correct base")
+    for candidate in candidates:
+        strange, expected = misfit(candidate, kinds)
+        if strange:
+            raise ConfigError(f"{strange} for task {task.name!r} on {base!r}", expected, "choose another")
 
 
 def data_of(config: Mapping[str, Any]) -> str:
@@ -91,8 +120,8 @@ def data_of(config: Mapping[str, Any]) -> str:
 def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
     """Make one run; scores by test and metric with 95 % intervals, sizes and times. The texts go into `folder`.
 
-    `train_seconds` are those of the fit that was chosen, `tuning_seconds` those of all candidates. Raises what
-    `foreword.methods.fit_each` and the metrics raise.
+    `train_seconds` are those of the fit that was chosen, `tuning_seconds` those of all candidates. Where a head
+    predicts labels, nats are per label, as `unit` says. Raises what `foreword.methods.fit_each` and the metrics raise.
     """
     from foreword.methods import fit_each
     from foreword.metrics import get_metric
@@ -102,26 +131,24 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     tasks = _tasks(config)
     base = _base(protocol["base"], protocol["dtype"])
     task = tasks[""]
-    options = {"rows": protocol["rows"], "fraction": protocol["fraction"], "sample_seed": protocol["sample"]}
-    source = drawn(task, options)
+    source = _source(task, protocol)
     train = source.split("train")
     dev = draw_rows(source.split("dev"), protocol["dev_limit"])
     tests = [_test(base, name, each, protocol) for name, each in tasks.items() if name]
     for name in dict.fromkeys(name for test in tests for name in test.metrics):
-        get_metric(
-            name
-        ).ready()  # what would stop the scoring, such as a missing package, stops the run before it begins
+        get_metric(name).ready()  # what would stop the scoring, such as a missing package, stops the run at once
     candidates = _candidates(config)
-    instruction = protocol["instruction"] or task.instruction
     start = time.perf_counter()
-    fits = fit_each(base, train, dev, candidates, instruction=instruction, progress=progress)
+    fits = fit_each(base, train, dev, candidates, task=task, instruction=protocol["instruction"], progress=progress)
     fitted, tried = _choose(candidates, fits)
     tuning_seconds = time.perf_counter() - start
-    outputs, writing = _write(fitted, tests, protocol, progress)
+    answer = _write if task.kind == "generation" else _predict
+    outputs, answering = answer(fitted, tests, protocol, progress)
     _keep(tests, outputs, folder)
     return {
         **_score(fitted, tests, outputs, protocol),
-        **writing,
+        **answering,
+        "unit": "label" if fitted.head is not None else "token",
         "dev_nats_per_token": fitted.metrics["dev_loss"],
         "parameters": fitted.parameters,
         "num_bytes": fitted.num_bytes,
@@ -170,18 +197,35 @@ def _told(candidate: MethodConfig, found: Fitted | RunError) -> dict[str, Any]:
 
 
 class _Test(NamedTuple):
-    """A task whose test rows are written: those that every method can write for, and how many others there are."""
+    """A task whose test rows are read: those that every method can answer, and how many others there are.
+
+    `asked` are the rows as what is written or predicted for them is held against them: prompts and right answers.
+    """
 
     name: str
     task: Task
     rows: Split
     skipped: int
     metrics: tuple[str, ...]
+    asked: list[Example]
 
 
 def _test(base: BaseModel, name: str, task: Task, protocol: Mapping[str, Any]) -> _Test:
     """The rows that leave room for what a method may add. Raises `DataError` if there is none."""
     split = draw_rows(task.split("test"), protocol["test_limit"])
+    kept = (_writable if task.kind == "generation" else _labelable)(base, task, split)
+    if not kept:
+        raise DataError(
+            f"no test row of {task.name!r} leaves {_ROOM} of the {base.max_tokens} tokens of {base.name!r}",
+            "shorter rows", "choose another base model",
+        )  # fmt: skip
+    rows = replace(split, examples=kept, sha256="")
+    asked = [_asked(example) for example in kept]
+    return _Test(name, task, rows, len(split) - len(kept), _metrics(protocol, task), asked)
+
+
+def _writable(base: BaseModel, task: Task, split: Split) -> list[Example]:
+    """The rows with room for as many tokens as the task allows."""
     limit, joint = base.max_tokens, base.family.kind == "decoder"
     kept = []
     for example in split.examples:
@@ -189,12 +233,27 @@ def _test(base: BaseModel, name: str, task: Task, protocol: Mapping[str, Any]) -
         written = max(completion, task.max_new_tokens)
         if limit is None or (prompt + written if joint else max(prompt, written)) + _ROOM <= limit:
             kept.append(example)
-    if not kept:
-        raise DataError(
-            f"no test row of {task.name!r} leaves {_ROOM} of the {limit} tokens of {base.name!r}", "shorter rows",
-            "choose another base model",
-        )  # fmt: skip
-    return _Test(name, task, replace(split, examples=kept, sha256=""), len(split) - len(kept), _metrics(protocol, task))
+    return kept
+
+
+def _labelable(base: BaseModel, task: Task, split: Split) -> list[Labelled | Tagged]:
+    """The rows with room for the longest of their candidates; an encoder cuts what is too long."""
+    from foreword.objectives import objective_of
+
+    rows = objective_of(base, task).encode(split)
+    limit = None if base.family.kind == "encoder" else base.max_tokens
+    pairs = zip(rows.examples, rows.lengths, strict=True)
+    return [example for example, length in pairs if limit is None or length + _ROOM <= limit]
+
+
+def _asked(example: AnyExample) -> Example:
+    """A row with its right answer as a text: a label, or tags joined by spaces."""
+    if isinstance(example, Labelled):
+        return Example(example.id, example.prompt, example.label, (example.label,), example.row)
+    if isinstance(example, Tagged):
+        tags = " ".join(example.tags)
+        return Example(example.id, " ".join(example.words), tags, (tags,), example.row)
+    return example
 
 
 def _write(
@@ -219,12 +278,27 @@ def _write(
     return outputs, {"inference_seconds": seconds, "inference_rows": len(known), "inference_tokens": tokens}
 
 
+def _predict(
+    fitted: Fitted, tests: Sequence[_Test], protocol: Mapping[str, Any], progress: Progress
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The labels for each test, and what they took."""
+    outputs, start = {}, time.perf_counter()
+    for test in tests:
+        outputs[test.name] = fitted.predict(
+            test.rows.examples, batch_size=protocol["test_batch_size"],
+            progress=functools.partial(progress, f"predicting {test.name}"),
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    rows = sum(len(labels) for labels in outputs.values())
+    return outputs, {"inference_seconds": seconds, "inference_rows": rows, "inference_tokens": 0}
+
+
 def _keep(tests: Sequence[_Test], outputs: Mapping[str, list[str]], folder: Path) -> None:
     """The texts, one line for each test row, before anything is scored."""
     lines = [
         {"test": test.name, "id": row.id, "prompt": row.prompt, "text": text, "references": row.references}
         for test in tests
-        for row, text in zip(test.rows, outputs[test.name], strict=True)
+        for row, text in zip(test.asked, outputs[test.name], strict=True)
     ]
     write_atomic(folder / TEXTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -232,14 +306,14 @@ def _keep(tests: Sequence[_Test], outputs: Mapping[str, list[str]], folder: Path
 def _score(
     fitted: Fitted, tests: Sequence[_Test], outputs: Mapping[str, list[str]], protocol: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The metrics of the texts by test, and what the right ones cost."""
+    """The metrics of the texts or labels by test, and what the right ones cost."""
     from foreword.evaluate import score_outputs
 
     scores, costs = {}, {}
-    for name, _, rows, _, metrics in tests:
-        found = score_outputs(metrics, outputs[name], rows.examples)
-        scores[name] = {metric: score._asdict() for metric, score in found.items()}
-        costs[name] = fitted.score(rows.examples, batch_size=protocol["test_batch_size"])
+    for test in tests:
+        found = score_outputs(test.metrics, outputs[test.name], test.asked)
+        scores[test.name] = {metric: score._asdict() for metric, score in found.items()}
+        costs[test.name] = fitted.score(test.rows.examples, batch_size=protocol["test_batch_size"])
     return {
         "scores": scores, "nats_per_token": costs, "test_rows": {test.name: len(test.rows) for test in tests},
         "skipped_test_rows": {test.name: test.skipped for test in tests},
@@ -247,9 +321,15 @@ def _score(
 
 
 def _metrics(protocol: Mapping[str, Any], task: Task) -> tuple[str, ...]:
-    from foreword.metrics import metric_names
+    from foreword.evaluate import check_metrics
 
-    return metric_names(protocol["metrics"].split() or task.metrics)
+    return check_metrics(protocol["metrics"].split() or task.metrics, task, ready=False)
+
+
+def _source(task: Task, protocol: Mapping[str, Any]) -> Task:
+    """The task with the rows that a run draws."""
+    ways = {"shots": protocol["rows_per_label"], "rows": protocol["rows"], "fraction": protocol["fraction"]}
+    return drawn(task, {**ways, "sample_seed": protocol["sample"]})
 
 
 @functools.lru_cache(maxsize=1)
@@ -298,7 +378,7 @@ def _task_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names(config: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The task that is trained on, and those whose test rows are written."""
+    """The task that is trained on, and those whose test rows are read."""
     protocol = _protocol(config)
     return protocol["task"], protocol["tests"].split() or [protocol["task"]]
 

@@ -1,14 +1,26 @@
 """What prefixes are compared with, and prefixes themselves, behind one interface.
 
-    fitted = fit(base, train, dev, MethodConfig.of("adapter", share=0.001), instruction=task.instruction)
-    fitted.generate(prompts, max_new_tokens=60), fitted.score(examples), fitted.parameters, fitted.num_bytes
+    fitted = fit(base, train, dev, MethodConfig.of("adapter", share=0.001), task=task)
+    fitted.generate(prompts, max_new_tokens=60)  # of a task with labels: fitted.predict(examples)
+    fitted.score(examples), fitted.parameters, fitted.num_bytes
 
 `search_space(method)` is the grid that a method is tuned over on dev rows, as large for each as for any other;
 `fit_each` fits all its candidates.
 """
 
-from foreword.methods.config import METHODS, SEARCH_SIZE, TEMPLATES, Method, MethodConfig, search_space
+from foreword.methods.config import METHODS, SEARCH_SIZE, TEMPLATES, Method, MethodConfig, misfit, search_space
 from foreword.methods.fitted import Fitted
 from foreword.methods.fitting import fit, fit_each
 
-__all__ = ["METHODS", "SEARCH_SIZE", "TEMPLATES", "Fitted", "Method", "MethodConfig", "fit", "fit_each", "search_space"]
+__all__ = [
+    "METHODS",
+    "SEARCH_SIZE",
+    "TEMPLATES",
+    "Fitted",
+    "Method",
+    "MethodConfig",
+    "fit",
+    "fit_each",
+    "misfit",
+    "search_space",
+]

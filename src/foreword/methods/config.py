@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from foreword.config import TrainConfig
 from foreword.errors import ConfigError
 
-__all__ = ["METHODS", "SEARCH_SIZE", "TEMPLATES", "Method", "MethodConfig", "search_space"]
+__all__ = ["METHODS", "SEARCH_SIZE", "TEMPLATES", "Method", "MethodConfig", "misfit", "search_space"]
 
 SEARCH_SIZE = 4
 
@@ -39,10 +39,15 @@ class _Option(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
+_WRITERS = ("decoder", "encoder-decoder")
+_ALL = (*_WRITERS, "encoder")
+
+
 class Method(NamedTuple):
     """A method: its name in tables, its learning rates and which of them is the default, its options and its grid.
 
-    `grid` lists the candidates as replaced values; empty: one candidate for each of `rates`.
+    `grid` lists the candidates as replaced values; empty: one candidate for each of `rates`. `bases` are the kinds of
+    base models that it works on; most write something around a prompt, which encoders have none of.
     """
 
     title: str
@@ -50,6 +55,7 @@ class Method(NamedTuple):
     rate: float = 0.0
     options: dict[str, _Option] = {}  # noqa: RUF012 - read only
     grid: tuple[dict[str, Any], ...] = ()
+    bases: tuple[str, ...] = _WRITERS
 
 
 _LENGTH = _Option(10, 1)
@@ -59,6 +65,7 @@ _BORN = _Option("text", choices=_STARTS)
 _SOFT = (3e-3, 1e-2, 3e-2, 1e-1)
 _MODULES = (1e-4, 3e-4, 1e-3, 3e-3)
 _PREFIX = (1e-3, 2e-3, 5e-3, 1e-2)
+_HEAD = 5e-3
 _PARAMETRIZED = {"parametrization": _Option("direct", choices=("direct", "mlp")), "hidden_size": _Option(512, 1)}
 # Weights may be trained with the instruction written before each prompt, as Prefix-Tuning's section 6.3 does where data
 # is scarce: a prefix starts from the instruction, and so knows it without.
@@ -68,15 +75,20 @@ _WRITTEN = {"template": _Option("first", choices=tuple(TEMPLATES))}
 _ALWAYS = tuple(name for name in TEMPLATES if name != "chat")
 
 METHODS: dict[str, Method] = {
-    "full": Method("Full fine-tuning", (1e-5, 5e-5, 1e-4, 2e-4), 5e-5, _INSTRUCTED),
-    "top2": Method("FT-Top2", (5e-5, 1e-4, 3e-4, 1e-3), 3e-4, {"layers": _Option(2, 1), **_INSTRUCTED}),
-    "adapter": Method("Adapter", _MODULES, 1e-3, {"share": _Option(0.03, 1e-9, 1.0), **_INSTRUCTED}),
+    "full": Method("Full fine-tuning", (1e-5, 5e-5, 1e-4, 2e-4), 5e-5, _INSTRUCTED, bases=_ALL),
+    "top2": Method("FT-Top2", (5e-5, 1e-4, 3e-4, 1e-3), 3e-4, {"layers": _Option(2, 1), **_INSTRUCTED}, bases=_ALL),
+    "adapter": Method("Adapter", _MODULES, 1e-3, {"share": _Option(0.03, 1e-9, 1.0), **_INSTRUCTED}, bases=_ALL),
     "lora": Method(
         "LoRA", _MODULES, 1e-3,
         {
             "rank": _Option(8, 1), "alpha": _Option(16, 1), "targets": _Option("default", choices=("default", "all")),
             **_INSTRUCTED,
         },
+        bases=_ALL,
+    ),
+    "head": Method(
+        "Head alone", grid=tuple({"head_learning_rate": rate} for rate in (_HEAD, 1e-2, 2e-3, 2e-2)),
+        bases=("encoder",),
     ),
     "prompt_tuning": Method(
         "Prompt tuning", _SOFT, 3e-2, {"length": _LENGTH, "init": _Option("vocab", choices=("text", "vocab", "random"))}
@@ -95,15 +107,15 @@ METHODS: dict[str, Method] = {
         "Few-shot in context", options={"shots": _Option(4, 1), **_WRITTEN},
         grid=tuple({"shots": shots} for shots in (1, 2, 4, 8)),
     ),
-    "prefix": Method("Prefix-Tuning", _PREFIX, 5e-3, {"length": _LENGTH, "init": _BORN, **_PARAMETRIZED}),
+    "prefix": Method("Prefix-Tuning", _PREFIX, 5e-3, {"length": _LENGTH, "init": _BORN, **_PARAMETRIZED}, bases=_ALL),
     "embedding": Method("Embedding-only", _SOFT, 3e-2, {"length": _LENGTH, "init": _BORN}),
     "infix": Method("Infix-Tuning", (1e-3, 3e-3, 1e-2, 3e-2), 1e-2, {
         "length": _LENGTH, "init": _BORN, "deep": _Option(True),
     }),
     "ptuning2": Method("P-Tuning v2", (2e-3, 5e-3, 1e-2, 2e-2), 5e-3, {
         "length": _LENGTH, "init": _Option("random", choices=_STARTS), **_PARAMETRIZED,
-    }),
-    "apt": Method("APT", _PREFIX, 5e-3, {"length": _LENGTH, "init": _BORN}),
+    }, bases=_ALL),
+    "apt": Method("APT", _PREFIX, 5e-3, {"length": _LENGTH, "init": _BORN}, bases=_ALL),
 }  # fmt: skip
 
 
@@ -111,9 +123,10 @@ METHODS: dict[str, Method] = {
 class MethodConfig:
     """How a method is fitted. Raises `ConfigError` for an unknown name or a value out of its range.
 
-    `learning_rate` 0 is the method's default; methods that take no gradient steps know no other. `epochs`, `max_steps`,
-    `batch_size`, `micro_batch_size`, `warmup_ratio`, `eval_every`, `patience` and `seed` mean what they mean in
-    `TrainConfig`; `options` are the method's own, filled up with their defaults.
+    `learning_rate` 0 is the method's default; methods that train nothing at that rate know no other. `epochs`,
+    `max_steps`, `batch_size`, `micro_batch_size`, `warmup_ratio`, `eval_every`, `patience` and `seed` mean what they
+    mean in `TrainConfig`, and so do `head_learning_rate`, which is the same for all methods, and `max_tokens` on
+    encoders; `options` are the method's own, filled up with their defaults.
 
     >>> MethodConfig("adapter", epochs=5).options
     {'share': 0.03, 'template': 'none'}
@@ -133,6 +146,8 @@ class MethodConfig:
     warmup_ratio: float = 0.05
     eval_every: int = 0
     patience: int = 3
+    head_learning_rate: float = _HEAD
+    max_tokens: int = 128
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -146,8 +161,8 @@ class MethodConfig:
         object.__setattr__(self, "options", filled)
         if self.learning_rate and not known.rates:
             raise ConfigError(
-                f"learning_rate {self.learning_rate} for method {self.method!r}", "none: it takes no gradient steps",
-                "leave it out",
+                f"learning_rate {self.learning_rate} for method {self.method!r}",
+                "none: it trains nothing at that rate", "leave it out",
             )  # fmt: skip
         object.__setattr__(self, "learning_rate", float(self.learning_rate or known.rate))
         self.training()
@@ -169,14 +184,14 @@ class MethodConfig:
         return {**plain, **self.options}
 
     def training(self, **options: Any) -> TrainConfig:
-        """The same as options of Foreword's own training, which measures on all dev rows here."""
+        """The same as options of Foreword's own training, which chooses by the loss on all dev rows here."""
         others = ("method", "learning_rate", "options")
         given: dict[str, Any] = {
             each.name: getattr(self, each.name) for each in fields(self) if each.name not in others
         }
         if self.learning_rate:
             given["learning_rate"] = self.learning_rate
-        return TrainConfig(**{**given, "dev_limit": 0, **options})
+        return TrainConfig(**{**given, "dev_limit": 0, "select": "loss", **options})
 
 
 def search_space(method: str, **shared: Any) -> list[MethodConfig]:
@@ -203,6 +218,21 @@ def search_space(method: str, **shared: Any) -> list[MethodConfig]:
         if config not in found:
             found.append(config)
     return found
+
+
+def misfit(config: MethodConfig, kinds: Iterable[str]) -> tuple[str, str]:
+    """What of a configuration fits no base model of these kinds, and what would; empty if all fits one of them.
+
+    >>> misfit(MethodConfig("few_shot"), ["encoder"])
+    ("method 'few_shot'", 'one of full, top2, adapter, lora, head, prefix, ptuning2, apt')
+    """
+    kinds = set(kinds)
+    if not kinds & {*METHODS[config.method].bases}:
+        return f"method {config.method!r}", "one of " + ", ".join(n for n, m in METHODS.items() if kinds & {*m.bases})
+    template = config.options.get("template", "none")
+    if template != "none" and kinds == {"encoder"}:
+        return f"template {template!r}", "none: there is no prompt to write it around"
+    return "", ""
 
 
 def _known(method: str) -> Method:

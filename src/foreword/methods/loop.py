@@ -1,7 +1,8 @@
 """The loop of the methods that train weights: the same rows, order, loss, optimizer and choice as prefixes get.
 
-A step is the one of `foreword.train`: the batches of `epoch_batches`, nats per completion token of the whole batch,
-the gradient clipped to norm 1, AdamW, a linear warm-up and fall; the best epoch by the loss on the dev rows is kept.
+A step is the one of `foreword.train`: the batches of `epoch_batches`, the loss of the task's objective, the gradient
+clipped to norm 1, AdamW, a linear warm-up and fall; the best epoch by the loss on the dev rows is kept. A head on an
+encoder is trained beside.
 """
 
 from __future__ import annotations
@@ -13,39 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreword.base import BaseModel
+from foreword.base import Reading
 from foreword.config import TrainConfig
 from foreword.data import Rows, epoch_batches, micro_batches, ordered_batches
 from foreword.errors import RunError
 from foreword.frozen import frozen_training
-from foreword.tasks import Example
+from foreword.objectives import Objective
+from foreword.tasks import Split
 from foreword.train import learning_rate
 
-__all__ = ["Keeper", "Progress", "collated", "measure", "plain_lengths", "train_weights"]
+__all__ = ["Keeper", "Progress", "encoded", "measure", "train_weights"]
 
 Progress = Callable[[str, int, int], None]
-Loss = Callable[[dict[str, Tensor]], tuple[Tensor, int]]
 
 
-def collated(base: BaseModel, rows: Rows, numbers: Sequence[int]) -> dict[str, Tensor]:
-    """Some rows as one batch for `BaseModel.completion_loss`."""
-    return base.collate([rows.encoded[row] for row in numbers])
+def encoded(objective: Objective, plain: Rows, write: Callable[[Any], Any] | None = None) -> tuple[Rows, list[int]]:
+    """The rows of `plain`, those that a prefix can read, as an objective reads them once a method has written them.
+
+    Also the tokens that each has in `plain`: batches are planned by these, whatever is written around a prompt.
+    """
+    written = plain.examples if write is None else [write(example) for example in plain.examples]
+    lengths = {id(example): length for example, length in zip(written, plain.lengths, strict=True)}
+    rows = objective.encode(Split("train", written, plain.skipped))
+    return rows, [lengths[id(example)] for example in rows.examples]
 
 
-def plain_lengths(base: BaseModel, examples: Sequence[Example]) -> list[int]:
-    """Tokens of examples as a prefix reads them. Batches are planned by these, whatever a method writes around them."""
-    encoded = (base.encode(example.prompt, example.completion) for example in examples)
-    return [len(prompt) + len(completion) for prompt, completion in encoded]
-
-
-@torch.no_grad()
-def measure(base: BaseModel, rows: Rows, batch_size: int, loss: Loss | None = None) -> float:
-    """Nats per completion token over all rows, as training of prefixes measures it."""
+def measure(objective: Objective, rows: Rows, batch_size: int, read: Reading = None) -> float:
+    """Nats per token or label of the right answers of all rows, as training of prefixes measures it."""
     total, count = 0.0, 0
     for batch in ordered_batches(rows.lengths, batch_size):
-        given = collated(base, rows, batch)
-        nats, tokens = base.completion_loss(given, {}) if loss is None else loss(given)
-        total, count = total + nats.item(), count + tokens
+        measured = objective.measure(rows, batch, read)
+        total, count = total + measured.nats, count + measured.units
     return total / count
 
 
@@ -96,60 +95,74 @@ class _Twins:
 
 
 def train_weights(
-    base: BaseModel,
+    objective: Objective,
     parameters: Sequence[nn.Parameter],
     train: Rows,
     dev: Rows,
     config: TrainConfig,
     *,
     lengths: Sequence[int] | None = None,
-    loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train `parameters` of a base model, or on one, and leave them as they were at the lowest dev loss; the numbers.
+    """Train parameters of a base model, or on one, with the head of its objective, to where the dev loss is lowest.
 
-    Batches are planned by `lengths` of the rows to train on; None: their own. `loss` maps a batch to the nats of its
-    completions, summed, and their tokens; None: `completion_loss` of the base without a prefix. What is in half
-    precision has a twin in float32, which the optimizer works on. The memory needed beyond float32 parameters is four
-    times theirs: gradient, two moments, the best. Raises `RunError` when the loss is not finite.
+    The numbers of the training are returned. Batches are planned by `lengths` of the rows to train on; None: their own.
+    What is in half precision has a twin in float32, which the optimizer works on. The memory needed beyond float32
+    parameters is four times theirs: gradient, two moments, the best. Raises `RunError` when the loss is not finite.
     """
     per_epoch = -(-len(train) // config.batch_size)
     steps = config.max_steps or config.epochs * per_epoch
     keeper = Keeper(config)
     best: list[Tensor] = []
     tokens = done = 0
-    for parameter in parameters:
+    heads = [] if objective.head is None else list(objective.head.parameters())
+    trained = [*parameters, *heads]
+    for parameter in trained:
         parameter.requires_grad_(True)
-    twins = _Twins(parameters)
-    optimizer = torch.optim.AdamW(
-        twins.precise, config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    twins = _Twins(trained)
+    optimizer = _optimizer(twins.precise, len(parameters), config)
     try:
-        with frozen_training(base.model):
+        with frozen_training(objective.base.model):
             for done in range(1, steps + 1):
                 epoch, index = divmod(done - 1, per_epoch)
                 batch = epoch_batches(lengths or train.lengths, config.batch_size, config.seed, epoch)[index]
-                shown = _step(base, twins, train, batch, optimizer, learning_rate(config, done - 1, steps),
-                              config, loss)  # fmt: skip
+                _set_rate(optimizer, learning_rate(config, done - 1, steps), config)
+                shown = _step(objective, twins, train, batch, done - 1, optimizer, config)
                 tokens += sum(train.lengths[row] for row in batch)
                 if progress is not None:
                     progress(f"training | loss {shown:.3f}", done, steps)
                 if done % (config.eval_every or per_epoch) == 0 or done == steps:
-                    if keeper.is_best(measure(base, dev, config.batch_size, loss), done):
-                        _keep(best, parameters)
+                    if keeper.is_best(measure(objective, dev, config.batch_size, {}), done):
+                        _keep(best, trained)
                     if keeper.done:
                         break
         with torch.no_grad():
-            for parameter, kept in zip(parameters, best, strict=True):
+            for parameter, kept in zip(trained, best, strict=True):
                 parameter.copy_(kept)
     finally:
-        for parameter in parameters:
+        for parameter in trained:
             parameter.requires_grad_(False)
             parameter.grad = None
     return {
         "dev_loss": keeper.best_loss, "dev_losses": keeper.losses, "best_step": keeper.best_step, "steps": done,
-        "planned_steps": steps, "tokens": tokens, "trained_parameters": sum(p.numel() for p in parameters),
+        "planned_steps": steps, "tokens": tokens, "trained_parameters": sum(p.numel() for p in trained),
     }  # fmt: skip
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], own: int, config: TrainConfig) -> torch.optim.Optimizer:
+    """Of a method's `own` parameters, which come first, and of a head, each at its peak rate."""
+    peaks = config.learning_rate, config.head_learning_rate or config.learning_rate
+    groups = zip((parameters[:own], parameters[own:]), peaks, strict=True)
+    return torch.optim.AdamW(
+        [{"params": each, "lr": peak, "peak": peak} for each, peak in groups if each],
+        config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay,
+    )  # fmt: skip
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float, config: TrainConfig) -> None:
+    """Let every group learn at as much of its peak rate as `rate` is of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate if group["peak"] == config.learning_rate else rate / config.learning_rate * group["peak"]
 
 
 @torch.no_grad()
@@ -162,29 +175,25 @@ def _keep(best: list[Tensor], parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _step(
-    base: BaseModel,
+    objective: Objective,
     twins: _Twins,
     rows: Rows,
     batch: Sequence[int],
+    number: int,
     optimizer: torch.optim.Optimizer,
-    rate: float,
     config: TrainConfig,
-    loss: Loss | None,
 ) -> float:
-    """One optimizer step; the loss before it, in nats per token."""
+    """One optimizer step, numbered from 0; the loss before it, in nats per token or label."""
     optimizer.zero_grad(set_to_none=True)
     total, count = 0.0, 0
     for part in micro_batches(batch, config.micro_batch_size):
-        given = collated(base, rows, part)
-        nats, tokens = base.completion_loss(given, {}) if loss is None else loss(given)
+        nats, units = objective.loss(rows, part, {}, number)
         nats.backward()
-        total, count = total + nats.item(), count + tokens
+        total, count = total + nats.item(), count + units
     twins.take_gradients(count)
     norm = float(torch.nn.utils.clip_grad_norm_(twins.precise, config.clip or math.inf))
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise RunError(f"loss is {total / count} and gradient norm {norm}", "finite numbers", "lower learning_rate")
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     optimizer.step()
     twins.write_back()
     return total / count

@@ -7,25 +7,36 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 from foreword.base import BaseModel
 from foreword.errors import DataError
 from foreword.init import DEFAULT_TEXT
 from foreword.methods.config import TEMPLATES, MethodConfig
-from foreword.tasks import Example
+from foreword.tasks import Example, Labelled
 
 __all__ = ["Prompting"]
+
+_E = TypeVar("_E", Example, Labelled)
 
 
 class Prompting:
     """How a prompt is written for a base model: by the template (none: as it is), with `shots` before it.
 
     Shots are drawn from the training examples by the seed. As many of them are written as the context has room for,
-    beside the prompt and what comes after; those farthest from the prompt are left out first.
+    beside the prompt and what comes after; those farthest from the prompt are left out first. Of a task with `labels`
+    the right candidate is what is written for a shot.
     """
 
-    def __init__(self, base: BaseModel, config: MethodConfig, train: Sequence[Example], instruction: str) -> None:
-        self.base, self.instruction = base, instruction or DEFAULT_TEXT
+    def __init__(
+        self,
+        base: BaseModel,
+        config: MethodConfig,
+        train: Sequence[Example | Labelled],
+        instruction: str,
+        labels: Sequence[str] = (),
+    ) -> None:
+        self.base, self.instruction, self.labels = base, instruction or DEFAULT_TEXT, tuple(labels)
         self.template = config.options["template"]
         count = min(config.options.get("shots", 0), len(train))
         self.shots = random.Random(f"foreword shots {config.seed}").sample(list(train), count)
@@ -38,24 +49,34 @@ class Prompting:
                 return written
         return written  # too long by itself: the base model says so
 
-    def fit_example(self, example: Example) -> Example:
-        """The example with its prompt as the model reads it, with room for its completion."""
-        _, targets = self.base.encode(example.prompt, example.completion)
-        return example._replace(prompt=self.write(example.prompt, len(targets)))
+    def fit_example(self, example: _E) -> _E:
+        """The example with its prompt as the model reads it, with room for whatever may follow."""
+        return example._replace(prompt=self.write(example.prompt, self.room(example)))
 
     def count_shots(self, prompt: str, room: int) -> int:
         """How many shots the context has room for."""
         counts = range(len(self.shots), -1, -1)
         return next((n for n in counts if self._fits(self._write(prompt, self.shots[len(self.shots) - n :]), room)), 0)
 
+    def room(self, example: Example | Labelled) -> int:
+        """Tokens of the longest that may follow an example's prompt."""
+        texts = example.candidates if isinstance(example, Labelled) else (example.completion,)
+        return max(len(self.base.encode("", text)[1]) for text in texts)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the text that is stored for a task."""
         parts = [
             self.instruction if self.template != "none" else "",
-            *(part for shot in self.shots for part in (shot.prompt, shot.completion)),
+            *(part for shot in self.shots for part in (shot.prompt, self._answer(shot))),
         ]
         return sum(len(part.encode()) for part in parts)
+
+    def _answer(self, example: Example | Labelled) -> str:
+        """The right answer to an example, as it is written."""
+        if isinstance(example, Labelled):
+            return example.candidates[self.labels.index(example.label)]
+        return example.completion
 
     def _fits(self, written: str, room: int) -> bool:
         limit = self.base.max_tokens
@@ -65,12 +86,12 @@ class Prompting:
     def _joint(self) -> bool:
         return self.base.family.kind == "decoder"
 
-    def _write(self, prompt: str, shots: Sequence[Example]) -> str:
+    def _write(self, prompt: str, shots: Sequence[Example | Labelled]) -> str:
         if self.template == "none":
             return prompt
         # An instruction that comes first stands once, before the first shot.
         before, first, asked = TEMPLATES[self.template].rpartition("{instruction}\n\n")
-        solved = "".join(f"{self._filled(asked, shot.prompt)}{shot.completion}\n\n" for shot in shots)
+        solved = "".join(f"{self._filled(asked, shot.prompt)}{self._answer(shot)}\n\n" for shot in shots)
         written = self._filled(before + first) + solved + self._filled(asked, prompt)
         return self._chat(written) if self.template == "chat" else written
 

@@ -1,7 +1,7 @@
 """AutoPrompt: a search for the tokens which, written before or behind every prompt, make the completions likeliest.
 
 The gradient at a trigger's embedding says to first order what any other token would do there; the best few are tried
-in earnest. Source: Shin et al. 2020, arXiv 2010.15980, section 2.2, here with the nats of completions as the loss.
+in earnest. Source: Shin et al. 2020, arXiv 2010.15980, section 2.2, here with the nats of right answers as the loss.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from foreword.base import BaseModel
-from foreword.data import Rows, encode_split, epoch_batches, micro_batches
+from foreword.begin import begin_objective
+from foreword.data import epoch_batches, micro_batches
 from foreword.frozen import frozen_training
 from foreword.methods.config import MethodConfig
-from foreword.methods.loop import Keeper, Progress, collated, measure, plain_lengths
+from foreword.methods.loop import Keeper, Progress, encoded, measure
 from foreword.methods.tuning import Tuning
 from foreword.methods.virtual import Extended, Vectors, VirtualTokens, vocabulary, word_vectors
-from foreword.tasks import Split
+from foreword.tasks import Task
 
 __all__ = ["Trial", "TriggerSearch", "TriggerTuning"]
 
@@ -54,13 +54,13 @@ class Trial(NamedTuple):
 
 
 class TriggerSearch:
-    """The search on a base model: one trigger is looked at in each step, on a batch of the training rows.
+    """The search on a base model: one trigger is looked at in each step, on a batch of the training rows of a task.
 
-    Rows hold the ids of virtual tokens where the triggers go, so that gradients can be taken there; to try a trigger,
-    its id is written in their place.
+    Rows hold virtual tokens where the triggers go, so that gradients can be taken there; with the vectors of words
+    these are triggers to be tried.
     """
 
-    def __init__(self, base: BaseModel, train: Split, dev: Split, config: MethodConfig) -> None:
+    def __init__(self, base: BaseModel, task: Task, config: MethodConfig) -> None:
         self.base, self.config = base, config
         self.options = config.training()
         self.place, self.candidates = config.options["place"], config.options["candidates"]
@@ -70,8 +70,10 @@ class TriggerSearch:
         table = word_vectors(base).weight
         self.vectors = Vectors(torch.zeros(len(self.ids), table.shape[1], device=base.device))
         self.soft = VirtualTokens(base, self.vectors, len(self.ids), self.place)
-        self.train, self.dev = (encode_split(self.soft.view, split) for split in (train, dev))
-        self.lengths = plain_lengths(base, self.train.examples)
+        plain = begin_objective(base, None, task, self.options).encode(task.split("train"))
+        self.objective = begin_objective(self.soft.view, None, task, self.options)
+        self.train, self.lengths = encoded(self.objective, plain)
+        self.dev = self.objective.encode(task.split("dev"))
         self.trials: list[Trial] = []
 
     def run(self, progress: Progress | None = None) -> dict[str, Any]:
@@ -89,7 +91,9 @@ class TriggerSearch:
                 if progress is not None:
                     progress(f"searching | loss {trial.after:.3f}", done, steps)
                 if done % (config.eval_every or per_epoch) == 0 or done == steps:
-                    if keeper.is_best(measure(self.base, self._written(self.dev, self.ids), config.batch_size), done):
+                    with self._reading(self.ids):
+                        loss = measure(self.objective, self.dev, config.batch_size, {})
+                    if keeper.is_best(loss, done):
                         best = self.ids
                     if keeper.done:
                         break
@@ -115,38 +119,34 @@ class TriggerSearch:
 
     def promising(self, batch: Sequence[int], place: int) -> list[int]:
         """The tokens whose embeddings lower the loss most to first order: the lowest e · gradient (eq. 2)."""
-        table = word_vectors(self.base)
-        with torch.no_grad():
-            self.vectors.vectors.copy_(table(torch.tensor(self.ids, device=self.base.device)))
         self.vectors.vectors.grad = None
-        with self.soft.applied() as view:
+        with self._reading(self.ids):
             for part in micro_batches(batch, self.options.micro_batch_size):
-                nats, _ = view.completion_loss(collated(view, self.train, part), {})
+                nats, _ = self.objective.loss(self.train, part, {})
                 nats.backward()
         gradient = cast(Tensor, self.vectors.vectors.grad)
-        scores = table.weight.detach()[self.allowed].float() @ gradient[place]
+        scores = word_vectors(self.base).weight.detach()[self.allowed].float() @ gradient[place]
         count = min(self.candidates, len(self.allowed))
         return [int(token) for token in self.allowed[scores.topk(count, largest=False).indices]]
 
     @torch.no_grad()
     def loss(self, ids: Sequence[int], batch: Sequence[int]) -> float:
-        """Nats per completion token of a batch after these triggers."""
-        rows, total, count = self._written(self.train, ids, batch), 0.0, 0
-        for part in micro_batches(batch, self.options.micro_batch_size):
-            nats, tokens = self.base.completion_loss(collated(self.base, rows, part), {})
-            total, count = total + nats.item(), count + tokens
+        """Nats per token of the right answers of a batch after these triggers."""
+        total, count = 0.0, 0
+        with self._reading(ids):
+            for part in micro_batches(batch, self.options.micro_batch_size):
+                nats, tokens = self.objective.loss(self.train, part, {})
+                total, count = total + nats.item(), count + tokens
         return total / count
 
     def _first(self, length: int) -> list[int]:
         """Drawn tokens to begin with."""
         return [int(self.allowed[self.draw.randrange(len(self.allowed))]) for _ in range(length)]
 
-    def _written(self, rows: Rows, ids: Sequence[int], batch: Sequence[int] | None = None) -> Rows:
-        """The rows, or those of a batch, with triggers in the place of virtual tokens."""
-        names = dict(zip(self.soft.ids, ids, strict=True))
-        chosen = range(len(rows)) if batch is None else batch
-        encoded = list(rows.encoded)
-        for row in chosen:
-            prompt, completion = encoded[row]
-            encoded[row] = [names.get(token, token) for token in prompt], completion
-        return replace(rows, encoded=encoded)
+    @contextlib.contextmanager
+    def _reading(self, ids: Sequence[int]) -> Iterator[None]:
+        """Inside, these tokens are read where the triggers go."""
+        with torch.no_grad():
+            self.vectors.vectors.copy_(word_vectors(self.base)(torch.tensor(ids, device=self.base.device)))
+        with self.soft.applied():
+            yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -52,11 +53,11 @@ class Sublayers(NamedTuple):
 
 
 # The module that projects back to the hidden size: an MLP of its own or, where a layer has none, its second matrix.
-_MLP = re.compile(r"\.(?:mlp|fc2|DenseReluDense)$")
+_MLP = re.compile(r"(?<!\.attention)\.(?:mlp|fc2|DenseReluDense|ffn\.lin2|ffn_output|output\.dense)$")
 
 
 def sublayers(base: BaseModel) -> Sublayers:
-    """The layers of a language model and their sublayers; `UnsupportedModel` where they are not known.
+    """The layers of a model and their sublayers; `UnsupportedModel` where they are not known.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -70,7 +71,8 @@ def sublayers(base: BaseModel) -> Sublayers:
     attention: dict[str, nn.Module] = {}
     for site, module in find_sites(model, family):
         name = names[id(module)]
-        attention[name] = module
+        projection = _projection(name, set(names.values())) if family.kind == "encoder" else name
+        attention[projection] = model.get_submodule(projection)
         if site.stack == "cross":
             continue
         layer = _layer_name(name, family.places[site.stack], site)
@@ -83,6 +85,12 @@ def sublayers(base: BaseModel) -> Sublayers:
             "choose another base model or another method",
         )  # fmt: skip
     return Sublayers({stack: list(found.items()) for stack, found in layers.items()}, attention, mlp)
+
+
+def _projection(attention: str, names: Container[str]) -> str:
+    """The module that projects an encoder's attention back: in BERT and ALBERT the sum and the norm are behind it."""
+    tried = (attention.removesuffix(".self") + ".output.dense", attention + ".dense")
+    return next((name for name in tried if name in names), attention)
 
 
 def _layer_name(attention: str, pattern: str, site: Site) -> str:

@@ -17,7 +17,7 @@ from foreword.methods.tuning import Tuning, sublayers
 
 __all__ = ["WeightTuning", "all_weights", "top_weights"]
 
-_FINAL_NORM = re.compile(r"(?:norm|ln_f|layer_norm|final_layer_norm|final_layernorm)$")
+_FINAL_NORM = re.compile(r"(?:norm|ln_f|layer_norm|final_norm|final_layer_norm|final_layernorm)$")
 
 
 class WeightTuning(Tuning):
@@ -57,11 +57,11 @@ def all_weights(base: BaseModel) -> dict[str, nn.Parameter]:
 
 
 def top_weights(base: BaseModel, layers: int) -> dict[str, nn.Parameter]:
-    """The weights of the decoder's last layers and of the norm after them, not those of the embeddings.
+    """The weights of the last layers, of a decoder where there is one, and of the norm after them; not the embeddings.
 
     Raises `ConfigError` for more layers than there are.
     """
-    stack = sublayers(base).layers["decoder"]
+    stack = sublayers(base).layers["encoder" if base.family.kind == "encoder" else "decoder"]
     if layers > len(stack):
         raise ConfigError(f"top {layers} layers", f"at most {len(stack)}, those of {base.name!r}", "choose fewer")
     holder = stack[-1][0].rpartition(".")[0].rpartition(".")[0]  # of the list of layers
