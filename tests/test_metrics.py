@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +20,10 @@ from tests.labels import LabelToy
 from tests.tiny import tiny_base
 from tests.toy import ToyTask
 
+from foreword.cli.evaluate import print_scores
 from foreword.compare import Difference
 from foreword.errors import ConfigError, DataError, MissingPackage
-from foreword.evaluate import Interval, check_metrics, evaluate
+from foreword.evaluate import Evaluation, Interval, check_metrics, evaluate
 from foreword.metrics import (
     METRIC_SETS,
     Bleu,
@@ -81,8 +85,12 @@ def test_bleu_and_chrf_of_webnlg() -> None:
         score = scores("webnlg2017/webnlg_scores.json")[system]
         outputs = [row["output"] for row in rows if row["system"] == system]
         assert plain(outputs, references) == pytest.approx(score["published_BLEU"]["all"], abs=5.1e-3), system
-        if system == "t5-large":
-            assert chrf(outputs, references) == pytest.approx(score["other_all"]["chrFpp_corpus_sacrebleu"], abs=5e-3)
+        rows_of_system = chrf.statistics(outputs, references)
+        own = score["other_all"]["chrFpp_corpus_sacrebleu"]
+        assert chrf.score(rows_of_system.sum(axis=0)) == pytest.approx(own, abs=5e-3)
+        # Popović's program, whose scores of sentences are averaged
+        sentences = score["other_all"]["chrFpp_sentence_mean_popovic"]
+        assert np.mean([chrf.score(row) for row in rows_of_system]) == pytest.approx(sentences, abs=0.015)
 
 
 @published
@@ -308,6 +316,34 @@ def test_metrics_that_suit_a_task_are_made_ready(monkeypatch: pytest.MonkeyPatch
     assert check_metrics(["meteor"], ToyTask(), ready=False) == ("meteor",)
     with pytest.raises(MissingPackage):
         check_metrics(["meteor"], ToyTask())
+
+
+def test_perplexity_has_the_interval_of_drawn_rows(tmp_path: Path) -> None:
+    base, task = tiny_base("llama"), ToyTask()
+    found = evaluate(base, None, task, "dev", metrics=["exact_match"], max_new_tokens=1)
+    costs = base.score(*zip(*[(row.prompt, row.completion) for row in task.split("dev").examples], strict=True))
+    numbers = np.array(costs, dtype=float)
+    drawn = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=1000) @ numbers
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    assert found.nats_per_token == pytest.approx(numbers[:, 0].sum() / numbers[:, 1].sum(), rel=1e-5)
+    assert found.perplexity == pytest.approx(np.exp([found.nats_per_token, low, high]), rel=1e-4)
+    assert [row.nats for row in found.outputs] == pytest.approx([cost.nats for cost in costs], rel=1e-4)
+    assert [row.tokens for row in found.outputs] == [cost.tokens for cost in costs]
+    found.save(tmp_path / "scores.json")
+    assert Evaluation.load(tmp_path / "scores.json") == found
+    plain = json.loads((tmp_path / "scores.json").read_text())
+    assert plain["perplexity"]["value"] == found.perplexity.value
+    table = print_scores_of(found)
+    assert re.search(r"nats per token +\W* *\d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\]", table)
+    assert re.search(r"perplexity +\W* *\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]", table)
+    labels = evaluate(base, None, LabelToy("classification"), "dev")
+    assert labels.perplexity is None and "perplexity" not in print_scores_of(labels)
+
+
+def print_scores_of(found: Evaluation) -> str:
+    with redirect_stdout(io.StringIO()) as out:
+        print_scores([found])
+    return out.getvalue()
 
 
 def test_scores_are_written_with_their_digits() -> None:

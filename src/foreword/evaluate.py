@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from foreword.data import Rows, ordered_batches
 from foreword.errors import ConfigError, DataError, PrefixError
 from foreword.frozen import frozen_training
 from foreword.metrics import get_metric, metric_names, score_with_interval
+from foreword.metrics.bootstrap import mean_with_interval
 from foreword.objectives import HeadOptions, Objective, Predicted, objective_of
 from foreword.prefix import Prefix
 from foreword.runs import EVALUATION, provenance
@@ -51,6 +53,7 @@ class Output:
     """What the model wrote or predicted for one row; tags are joined by spaces.
 
     `probability` is that of the predicted label among all labels (of tags: the mean), None for text that was written.
+    `nats` is the cost of the first reference, of so many `tokens`; None for labels.
     """
 
     id: str
@@ -58,16 +61,18 @@ class Output:
     text: str
     references: tuple[str, ...]
     probability: float | None = None
+    nats: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of one base model, with or without a prefix, on one split, and every text behind them.
 
-    The cost of the right answers is `nats_per_token` of each row's first reference, or `nats_per_label` where a head
-    predicts labels; `seconds` is the wall time of generating or predicting. `parameters` counts the prefix and the
-    head. `cut_rows` were too long and read in part, `skipped_rows` could not be used. `record` says where and with
-    what this was computed.
+    The cost of the right answers is `nats_per_token` of each row's first reference, with the ends of its 95 % interval
+    in `nats_interval` where texts are written, or `nats_per_label` where a head predicts labels; `seconds` is the wall
+    time of generating or predicting. `parameters` counts the prefix and the head. `cut_rows` were too long and read in
+    part, `skipped_rows` could not be used. `record` says where and with what this was computed.
     """
 
     base: str
@@ -81,10 +86,18 @@ class Evaluation:
     seconds: float
     generation: dict[str, Any]
     outputs: list[Output] = field(repr=False)
+    nats_interval: tuple[float, float] | None = None
     nats_per_label: float | None = None
     cut_rows: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def perplexity(self) -> Interval | None:
+        """The perplexity of the first references, where texts are written."""
+        if self.nats_per_token is None or self.nats_interval is None:
+            return None
+        return Interval(*map(math.exp, (self.nats_per_token, *self.nats_interval)))
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -100,6 +113,7 @@ class Evaluation:
         plain = asdict(self)
         plain["rows"] = len(self.outputs)
         plain["scores"] = {name: score._asdict() for name, score in self.scores.items()}
+        plain["perplexity"] = None if self.perplexity is None else self.perplexity._asdict()
         if not outputs:
             del plain["outputs"]
         return plain
@@ -115,7 +129,9 @@ class Evaluation:
             plain = json.loads(Path(path).read_text(encoding="utf-8"))
             plain["scores"] = {name: Interval(**score) for name, score in plain["scores"].items()}
             plain["outputs"] = [Output(**{**row, "references": tuple(row["references"])}) for row in plain["outputs"]]
-            del plain["rows"]
+            plain["nats_interval"] = tuple(plain["nats_interval"]) if plain.get("nats_interval") else None
+            for derived in ("rows", "perplexity"):
+                plain.pop(derived, None)
             return cls(**plain)
         except OSError as error:
             raise DataError(
@@ -171,21 +187,22 @@ def evaluate(
     texts = base.generate(prompts, prefix, batch_size=batch_size, progress=progress, **options)
     seconds = time.perf_counter() - start
     costs = base.score(prompts, [example.completion for example in data.examples], prefix, batch_size=batch_size)
-    texts = [text.strip() for text in texts]
+    cost = mean_with_interval([each.nats for each in costs], [each.tokens for each in costs])
     written = Evaluation(
         skipped_rows=len(data.skipped),
         scores={},
-        nats_per_token=sum(cost.nats for cost in costs) / max(1, sum(cost.tokens for cost in costs)),
+        nats_per_token=cost[0],
+        nats_interval=cost[1:],
         seconds=seconds,
         generation=options,
         outputs=[
-            Output(example.id, example.prompt, text, example.references)
-            for example, text in zip(data.examples, texts, strict=True)
+            Output(example.id, example.prompt, text.strip(), example.references, nats=each.nats, tokens=each.tokens)
+            for example, text, each in zip(data.examples, texts, costs, strict=True)
         ],
         **named,
     )
     try:
-        return replace(written, scores=score_outputs(chosen, texts, data.examples))
+        return replace(written, scores=score_outputs(chosen, [row.text for row in written.outputs], data.examples))
     except BaseException:
         if unscored is not None:
             unscored(written)

@@ -187,7 +187,7 @@ def print_scores(results: list[Evaluation]) -> None:
     header = ["", *("base model" if result.prefix is None else f"prefix {result.prefix}" for result in results)]
     rows = [
         *([name, *cells] for name, *cells in zip(first.scores, *columns, strict=True)),
-        _cost(results),
+        *_costs(results),
         ["seconds", *(f"{result.seconds:.1f}" for result in results)],
     ]
     skipped = f", {first.skipped_rows} skipped" if first.skipped_rows else ""
@@ -196,11 +196,17 @@ def print_scores(results: list[Evaluation]) -> None:
     say("scores with 95 % bootstrap intervals over rows")
 
 
-def _cost(results: list[Evaluation]) -> list[str]:
-    """What the right answers cost, per token or per label."""
-    costs = [result.nats_per_token if result.nats_per_label is None else result.nats_per_label for result in results]
-    unit = "token" if results[0].nats_per_label is None else "label"
-    return [f"nats per {unit}", *(f"{cost:.3f}" for cost in costs)]
+def _costs(results: list[Evaluation]) -> list[list[str]]:
+    """What the right answers cost, per token or per label; of texts that were written as perplexity too."""
+    if results[0].nats_per_label is not None:
+        return [["nats per label", *(f"{result.nats_per_label:.3f}" for result in results)]]
+    cells = [f"{each.nats_per_token:.3f}" + _ends(each.nats_interval) for each in results]
+    told = [format(each.perplexity, ".2f") for each in results if each.perplexity is not None]
+    return [["nats per token", *cells], *([["perplexity", *told]] if told else [])]
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def print_side_by_side(results: list[Evaluation], rows: int) -> None:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from foreword.errors import ConfigError, DataError
 from foreword.metrics.metric import Metric, Numbers, Targets
 
-__all__ = ["PairedDifference", "interval", "paired_difference", "paired_test", "score_with_interval"]
+__all__ = [
+    "PairedDifference", "interval", "mean_with_interval", "paired_difference", "paired_test", "score_with_interval",
+]  # fmt: skip
 
 _DRAWS_AT_ONCE = 4_000_000  # numbers in memory, 32 MB
 
@@ -65,6 +67,23 @@ def score_with_interval(
     point = metric.score(statistics.sum(axis=0))
     scores = [metric.score(sums) for times in _drawn(len(statistics), samples, seed) for sums in times @ statistics]
     return point, *_around(scores, point, confidence)
+
+
+def mean_with_interval(
+    totals: Sequence[float], counts: Sequence[float], samples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """The sum of the rows' totals over that of their counts, and the ends of its interval over rows.
+
+    >>> mean_with_interval([2.0, 4.0], [1, 2])
+    (2.0, 2.0, 2.0)
+    """
+    _check(samples, confidence)
+    if not len(totals):
+        raise DataError("no rows", "at least one row")
+    rows = np.array([totals, counts], dtype=np.float64).T
+    sums = np.concatenate([times @ rows for times in _drawn(len(rows), samples, seed)])
+    point = float(rows[:, 0].sum() / rows[:, 1].sum())
+    return point, *_around((sums[:, 0] / sums[:, 1]).tolist(), point, confidence)
 
 
 def paired_test(
