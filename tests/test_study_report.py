@@ -269,6 +269,9 @@ def test_methods_are_compared_over_the_repetitions_that_all_have(jobs: list[Job]
     assert {len(cell.results) for cell in results.of("", place=100.0)} == {2}, "other places lose nothing"
     html, markdown = report(tmp_path, jobs)
     assert "50 rows. One run each, the 1 of 2 that all methods here have" in markdown
+    assert {row["runs"] for row in table(markdown, "runs", "parameters")} == {"1 of 2"}
+    assert "100 rows. Mean and range over 2 runs" in markdown
+    assert markdown.count("| method | runs | exact_match") == 1, "where all have as many, the line above says it"
     assert "11 of 12 runs are done" in markdown
     assert [row["state"] for row in table(markdown, "run", "state")].count("done") == 11
     runs = {(row["method"], row["rows"]): row["runs"] for row in table(markdown, "difference", "runs")}

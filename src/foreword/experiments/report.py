@@ -125,7 +125,9 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
 
 def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
     """The cells of a place, with their scores, what was published beside them, sizes and times."""
-    columns: dict[str, Callable[[Cell], Value]] = {"method": lambda cell: cell.title, "runs": _runs}
+    columns: dict[str, Callable[[Cell], Value]] = {"method": lambda cell: cell.title}
+    if not all(cell.whole and len(cell.results) == len(cells[0].results) for cell in cells):  # else it is said above
+        columns["runs"] = _runs
     for metric in metrics:
         columns[metric] = partial(_score, test=test, metric=metric)
         bases = [
