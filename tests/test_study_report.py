@@ -67,6 +67,34 @@ def jobs(tmp_path: Path) -> list[Job]:
     ]  # fmt: skip
 
 
+def test_other_weights_under_one_name_are_refused(jobs: list[Job]) -> None:
+    def mark(job: Job, weights: str) -> None:
+        path = Path(job.folder) / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": weights}))
+
+    for job in jobs:
+        mark(job, "one")
+    gather(jobs)
+    mark(jobs[3], "two")
+    with pytest.raises(RunError, match="was made with other weights of .*expected the same base model; remove"):
+        gather(jobs)
+
+
+def test_what_was_tried_and_chosen_is_told(jobs: list[Job], tmp_path: Path) -> None:
+    """With the same seed of a run in all candidates, and whether the last step was the best."""
+    for number, job in enumerate(jobs):
+        path = Path(job.folder) / "result.json"
+        tried = [{"learning_rate": rate, "epochs": 3, "seed": number} for rate in (0.1, 0.2)]
+        more = {
+            "candidates": [{"config": each} for each in tried], "chosen": tried[number % 4 == 1],
+            "fit": {"steps": 60, "planned_steps": 60, "best_step": 60 if number % 4 < 3 else 40},
+        }  # fmt: skip
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    _, text = report(tmp_path, jobs)
+    told = text.partition("## How methods were tuned")[2]
+    assert "| Prefix-Tuning | 2 | learning_rate 0.1 (3), learning_rate 0.2 (1) | 60 | 3 of 4 |" in told
+
+
 def test_cells_hold_repetitions_and_say_what_is_missing(jobs: list[Job], tmp_path: Path) -> None:
     absent = Job("apt,rows=50,sample=0", {**jobs[0].config, "method": "apt"}, "m:f", "c", "d", str(tmp_path / "none"))
     results = gather([*jobs, absent])

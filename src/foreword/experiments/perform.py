@@ -123,6 +123,8 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     `train_seconds` are those of the fit that was chosen, `tuning_seconds` those of all candidates. Where a head
     predicts labels, nats are per label, as `unit` says. Raises what `foreword.methods.fit_each` and the metrics raise.
     """
+    import torch
+
     from foreword.methods import fit_each
     from foreword.metrics import get_metric
     from foreword.runs import peak_memory_bytes
@@ -162,6 +164,7 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
         "base_fingerprint": base.fingerprint,
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
+        "threads": torch.get_num_threads(),
         "process_peak_memory_bytes": peak_memory_bytes(base.device),  # former runs of the process included
     }
 

@@ -7,7 +7,8 @@ and the most of them; a single run has the bootstrap interval over its test rows
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def _parts(study: Study, results: Results) -> Iterator[Part]:
     yield Lines(_summary(results, done))
     for panel in results.panels:
         yield from _panel(results, panel)
+    yield from _tuned(results)
     yield from _expected(results)
     yield from _compared(results)
     yield from _published(results)
@@ -314,6 +316,42 @@ def _examples(results: Results) -> Iterator[Part]:
         rows.append(["", "reference", str(first[place]["references"][0])])
         rows += [["", name, str(texts[place]["text"])] for name, texts in written.items()]
     yield Table(["row", "who", "text"], rows)
+
+
+def _tuned(results: Results) -> Iterator[Part]:
+    """What was tried for each method, what was chosen, and whether training was over when its steps were."""
+    rows: list[list[Value]] = []
+    for label in results.labels:
+        cells = [cell for cell in results.cells if cell.label == label]
+        runs = [result for cell in cells for result in cell.results.values() if result.get("candidates")]
+        if not runs:
+            continue
+        differing = _differing([each["config"] for run in runs for each in run["candidates"] if each.get("config")])
+        chosen = Counter(_values(run.get("chosen", {}), differing) for run in runs)
+        told = ", ".join(f"{values} ({count})" for values, count in chosen.most_common()) if differing else ""
+        fits = [run.get("fit", {}) for run in runs]
+        planned = sorted({fit["planned_steps"] for fit in fits if fit.get("planned_steps")})
+        last = sum(bool(fit.get("steps")) and fit["best_step"] == fit["planned_steps"] for fit in fits)
+        rows.append([cells[0].title, len(runs[0]["candidates"]), told, ", ".join(map(str, planned)),
+                     f"{last} of {len(runs)}" if planned else ""])  # fmt: skip
+    if not rows:
+        return
+    yield Heading("How methods were tuned")
+    yield Table(["method", "candidates", "chosen (runs)", "steps at most", "best at the last"], rows)
+    yield Text(
+        "The candidate with the lowest loss on dev rows was chosen in each run. Where the last step was the best, more "
+        "steps or a higher learning rate may give more."
+    )
+
+
+def _differing(configs: Sequence[Mapping[str, object]]) -> list[str]:
+    """The options that candidates do not have in common, but for the seed, which differs between runs."""
+    keys = dict.fromkeys(key for config in configs for key in config if key != "seed")
+    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+
+
+def _values(config: Mapping[str, object], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {config.get(key)}" for key in keys)
 
 
 def _made(results: Results) -> Iterator[Part]:

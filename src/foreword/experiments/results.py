@@ -192,7 +192,7 @@ class Results:
 
 
 def gather(jobs: Iterable[Job]) -> Results:
-    """The results of jobs as cells. Raises `RunError` for a damaged file."""
+    """The results of jobs as cells. Raises `RunError` for a damaged file, and for other weights under the same name."""
     jobs = tuple(jobs)
     axes = {job.name: [part.partition("=")[0] for part in job.name.split(",")[1:]] for job in jobs}
     differing = dict.fromkeys(key for keys in axes.values() for key in keys if key not in _REPEATED)
@@ -210,8 +210,23 @@ def gather(jobs: Iterable[Job]) -> Results:
     cells = [
         _cell(*key, words, group, found) for key, group in groups.items() if any(job.name in found for job in group)
     ]
+    _check_weights(jobs, found)
     missing = tuple(job for job in jobs if job.name not in found)
     return Results(tuple(_over_the_same(cells)), missing, jobs, place)
+
+
+def _check_weights(jobs: Iterable[Job], found: Mapping[str, dict[str, Any]]) -> None:
+    """A base model may have changed where it comes from: what it was then and now is not one thing."""
+    known: dict[tuple[Any, Any], Any] = {}
+    for job in jobs:
+        result = found.get(job.name, {})
+        weights = result.get("base_fingerprint")
+        base = job.config.get("base"), result.get("dtype")
+        if weights is not None and known.setdefault(base, weights) != weights:
+            raise RunError(
+                f"{job.name} was made with other weights of {base[0]} than runs before it", "the same base model",
+                f"remove {job.folder} and run again, or choose another --out",
+            )  # fmt: skip
 
 
 def _in_words(jobs: Iterable[Job]) -> dict[str, str]:
