@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import statistics
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +23,7 @@ from foreword.experiments.published import beside
 from foreword.experiments.records import Job
 from foreword.experiments.report import save_report
 from foreword.experiments.results import gather
+from foreword.metrics import get_metric
 
 ROWS = [f"the river {k} is long and blue" for k in range(40)]
 
@@ -108,7 +110,7 @@ def test_cells_hold_repetitions_and_say_what_is_missing(jobs: list[Job], tmp_pat
     assert (found.mean, found.low, found.high) == (sum(values) / 2, min(values), max(values))
 
 
-def test_a_difference_is_that_of_the_pooled_texts_and_beyond_noise_only_where_it_is(jobs: list[Job]) -> None:
+def test_a_difference_is_that_of_the_means_and_beyond_noise_only_where_it_is(jobs: list[Job]) -> None:
     results = gather(jobs)
     full, prefix, lora = (next(c for c in results.of("", label, 50.0)) for label in ("full", "prefix", "lora"))
     found = difference(full, prefix, "test", "exact_match")
@@ -118,6 +120,21 @@ def test_a_difference_is_that_of_the_pooled_texts_and_beyond_noise_only_where_it
     assert found.found.low > 0 and found.found.p_value < 0.01
     close = difference(lora, prefix, "test", "exact_match")
     assert close is not None and close.found.low <= 0 <= close.found.high and close.found.p_value > 0.05
+
+
+def test_a_difference_of_corpus_scores_is_that_of_their_means(tmp_path: Path) -> None:
+    """Too short in one run and too long in another is no better for it, as it would be if their texts were pooled."""
+    cells, jobs = {}, []
+    for label, texts in (("full", ("a b", "a b c d e f g h")), ("prefix", ("a b c d f", "a b c d f"))):
+        for sample, text in enumerate(texts):
+            jobs.append(finished(tmp_path, label, 1.0, sample=sample, metric="bleu"))
+            rows = [{"test": "test", "id": f"r{k}", "prompt": "", "text": text, "references": ["a b c d e"]}
+                    for k in range(30)]  # fmt: skip
+            Path(jobs[-1].folder, "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        cells[label] = statistics.fmean(get_metric("bleu")([text] * 30, [["a b c d e"]] * 30) for text in texts)
+    full, prefix = (next(c for c in gather(jobs).of("", label, 50.0)) for label in ("full", "prefix"))
+    found = difference(full, prefix, "test", "bleu")
+    assert found is not None and found.found.difference == pytest.approx(cells["prefix"] - cells["full"])
 
 
 def test_rows_count_once_however_often_they_were_written_for(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def p_text(p_value: float) -> str:
 def known_metric(name: str) -> Metric | None:
     """The metric of that name, if there is one that needs no model; a function of one's own may have others."""
     try:
-        return get_metric(name)
+        return None if ":" in name else get_metric(name)
     except ConfigError:
         return None
 
@@ -63,23 +63,23 @@ def rises(metric: str) -> bool:
 def difference(first: Cell, second: Cell, test: str, metric: str) -> Difference | None:
     """How much higher the second cell scores; None where they have no repetition in common, or nothing to compare.
 
-    Rows are drawn and exchanged with all repetitions of both cells, so that a row counts as one however often it was
-    written for.
+    That is the mean over repetitions, as in the tables. Rows are drawn and exchanged in all of them alike: a row counts
+    as one however often it was written for.
     """
     common = [each for each in first.results if each in second.results]
     scorer = known_metric(metric)
     if not common or scorer is None or not (first.has_texts and second.has_texts):
         return None
-    one: Any = 0.0
-    two: Any = 0.0
+    sides: tuple[list[Any], list[Any]] = ([], [])
     for repetition in common:
         rows, others = first.texts(repetition, test), second.texts(repetition, test)
         if [row["id"] for row in rows] != [row["id"] for row in others]:
             raise RunError(f"{first.label} and {second.label} were tested on other rows", "the same", "run them again")
         targets: Sequence[Any] = [row["references"] if scorer.needs == "references" else row["prompt"] for row in rows]
-        a, b = scorer.paired_statistics([row["text"] for row in rows], [row["text"] for row in others], targets)
-        one, two = one + a, two + b
-    return Difference(first, second, test, metric, paired_difference(scorer, one, two, samples=_SAMPLES), len(common))
+        texts = [row["text"] for row in rows], [row["text"] for row in others]
+        for side, numbers in zip(sides, scorer.paired_statistics(*texts, targets), strict=True):
+            side.append(numbers)
+    return Difference(first, second, test, metric, paired_difference(scorer, *sides, samples=_SAMPLES), len(common))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

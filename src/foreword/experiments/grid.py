@@ -53,7 +53,9 @@ def jobs_made_with(
         made = [each for each in records if each[1]["perform"] == study.perform and each[1]["config"] == run.config]
         if len(made) > 1:
             raise ConfigError(f"{run.name} was made with different data in {out}", "one", "choose another --out")
-        missing = Path(out).resolve() / key_of(run.config, study.perform, version, ""), {"data": "", "git": None}
+        missing: tuple[Path, dict[str, Any]] = (
+            Path(out).resolve() / key_of(run.config, study.perform, version, ""), {"data": "", "git": None}
+        )  # fmt: skip
         folder, record = made[0] if made else missing
         command = command_of(name or study.name, out, run, sets)
         data, git = record["data"], record["git"]

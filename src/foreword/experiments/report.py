@@ -137,7 +137,7 @@ def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
         ]  # fmt: skip
         if bases:
             columns[f"{metric} ({bases[0]})"] = partial(_paper_score, test=test, metric=metric)
-    columns["nats per token"] = lambda cell: _amount(cell.mean("nats_per_token", test), 3)
+    columns[f"nats per {cells[0].unit}"] = lambda cell: _amount(cell.mean("nats_per_token", test), 3)
     columns["parameters"] = lambda cell: _amount(cell.mean("parameters"))
     columns["kB"] = lambda cell: _amount(_thousandth(cell.mean("num_bytes")))
     columns["training s"] = lambda cell: _amount(cell.mean("train_seconds"))

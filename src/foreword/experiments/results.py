@@ -108,6 +108,11 @@ class Cell:
         return max((len(each.get("candidates", ())) for each in self.results.values()), default=0)
 
     @property
+    def unit(self) -> str:
+        """What nats are per: a token, or a label that a head predicts."""
+        return next((str(each["unit"]) for each in self.results.values() if "unit" in each), "token")
+
+    @property
     def inference_ms(self) -> Spread | None:
         """Milliseconds to write for a row; None unless all runs say."""
         pairs = [(each.get("inference_seconds"), each.get("inference_rows")) for each in self.results.values()]

@@ -29,7 +29,7 @@ _UNREAD = (
 _READ = ("experiments/perform.py",)
 _PACKAGES = ("foreword", "torch", "transformers", "accelerate", "safetensors", "numpy", "peft", "ray", "sacrebleu")
 # Another version of these may give other numbers.
-_DECISIVE = ("torch", "transformers", "peft", "sacrebleu", "pycocoevalcap", "bert-score")
+_DECISIVE = ("torch", "transformers", "peft", "sacrebleu", "pycocoevalcap", "bert-score", "seqeval")
 _MOST_CHANGES = 20
 
 
