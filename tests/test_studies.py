@@ -143,7 +143,7 @@ def test_own_studies_win_over_built_in_ones(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     assert load_study("low-data-small").runs[0].config == {"seed": 3}
     assert set(list_studies()) > {"other", "low-data"}
-    with pytest.raises(ConfigError, match="study 'nothing'; expected a folder with defaults.toml, or extrapolation"):
+    with pytest.raises(ConfigError, match="study 'nothing'; expected a folder with defaults.toml, or ablations, "):
         load_study("nothing")
     (tmp_path / "experiments" / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"experiments/empty has no defaults\.toml"):

@@ -137,6 +137,14 @@ def test_a_difference_of_corpus_scores_is_that_of_their_means(tmp_path: Path) ->
     assert found is not None and found.found.difference == pytest.approx(cells["prefix"] - cells["full"])
 
 
+def test_texts_may_hold_any_end_of_line_but_their_own(tmp_path: Path) -> None:
+    job = finished(tmp_path, "prefix", 1.0)
+    row = {"test": "test", "id": "r", "prompt": "", "text": "a\u2028b\u0085c", "references": ["a"]}
+    Path(job.folder, "texts.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (cell,) = gather([job]).cells
+    assert [each["text"] for each in cell.texts((0, 0), "test")] == ["a\u2028b\u0085c"]
+
+
 def test_rows_count_once_however_often_they_were_written_for(tmp_path: Path) -> None:
     once = gather([finished(tmp_path / "a", label, q) for label, q in (("full", 0.5), ("prefix", 0.7))])
     same = []

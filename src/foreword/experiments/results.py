@@ -130,7 +130,8 @@ class Cell:
         """What was written for the rows of a test. Raises `RunError` for a file that is damaged or missing."""
         path = self.folders[repetition] / TEXTS
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            # texts may hold other ends of lines, such as U+2028
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             return [row for row in rows if row["test"] == test]
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(
