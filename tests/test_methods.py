@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -709,6 +710,17 @@ def test_the_search_reads_batches_in_micro_batches(monkeypatch: pytest.MonkeyPat
     found = cut.loss(cut.ids, batch), cut.promising(batch, 1)
     assert read == [2, 2, 1] * 2
     assert found == (pytest.approx(wanted[0], rel=1e-6), wanted[1])
+
+
+def test_a_search_has_read_the_tokens_of_all_its_passes() -> None:
+    base, config = tiny_base("llama"), config_of("autoprompt", candidates=4, max_steps=3, micro_batch_size=2)
+    search = TriggerSearch(base, ToyTask(), config)
+    batches: list[Sequence[int]] = []
+    step = search.step
+    search.step = lambda batch: (batches.append(batch), step(batch))[1]  # type: ignore[method-assign]
+    found = search.run()
+    once = sum(search.train.lengths[row] for batch in batches for row in batch)
+    assert len(batches) == 3 and found["tokens"] == once * (1 + 1 + 4)  # before, the gradient, every candidate
 
 
 def test_triggers_are_read_with_every_prompt() -> None:

@@ -75,19 +75,19 @@ class TriggerSearch:
         self.train, self.lengths = encoded(self.objective, plain)
         self.dev = self.objective.encode(task.split("dev"))
         self.trials: list[Trial] = []
+        self.tokens = 0  # of the batches, in every pass over them
 
     def run(self, progress: Progress | None = None) -> dict[str, Any]:
         """Search as many steps as the other methods train; leaves the triggers of the lowest dev loss in `ids`."""
         config = self.options
         per_epoch = -(-len(self.train) // config.batch_size)
         steps = config.max_steps or config.epochs * per_epoch
-        keeper, best, done, tokens = Keeper(config), self.ids, 0, 0
+        keeper, best, done = Keeper(config), self.ids, 0
         with frozen_training(self.base.model):
             for done in range(1, steps + 1):
                 epoch, index = divmod(done - 1, per_epoch)
                 batch = epoch_batches(self.lengths, config.batch_size, config.seed, epoch)[index]
                 trial = self.step(batch)
-                tokens += sum(self.train.lengths[row] for row in batch)
                 if progress is not None:
                     progress(f"searching | loss {trial.after:.3f}", done, steps)
                 if done % (config.eval_every or per_epoch) == 0 or done == steps:
@@ -100,7 +100,7 @@ class TriggerSearch:
         self.ids = best
         return {
             "dev_loss": keeper.best_loss, "dev_losses": keeper.losses, "best_step": keeper.best_step, "steps": done,
-            "planned_steps": steps, "tokens": tokens, "trained_parameters": 0,
+            "planned_steps": steps, "tokens": self.tokens, "trained_parameters": 0,
             "exchanges": sum(trial.after < trial.before for trial in self.trials),
         }  # fmt: skip
 
@@ -121,7 +121,7 @@ class TriggerSearch:
         """The tokens whose embeddings lower the loss most to first order: the lowest e · gradient (eq. 2)."""
         self.vectors.vectors.grad = None
         with self._reading(self.ids):
-            for part in micro_batches(batch, self.options.micro_batch_size):
+            for part in self._passes(batch):
                 nats, _ = self.objective.loss(self.train, part, {})
                 nats.backward()
         gradient = cast(Tensor, self.vectors.vectors.grad)
@@ -134,10 +134,15 @@ class TriggerSearch:
         """Nats per token of the right answers of a batch after these triggers."""
         total, count = 0.0, 0
         with self._reading(ids):
-            for part in micro_batches(batch, self.options.micro_batch_size):
+            for part in self._passes(batch):
                 nats, tokens = self.objective.loss(self.train, part, {})
                 total, count = total + nats.item(), count + tokens
         return total / count
+
+    def _passes(self, batch: Sequence[int]) -> list[list[int]]:
+        """The micro-batches that a batch is read in; its tokens are counted."""
+        self.tokens += sum(self.train.lengths[row] for row in batch)
+        return micro_batches(batch, self.options.micro_batch_size)
 
     def _first(self, length: int) -> list[int]:
         """Drawn tokens to begin with."""
