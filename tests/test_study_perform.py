@@ -217,6 +217,32 @@ def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path: Path, tiny: d
         run(tmp_path, config)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"method": "prefix", "length": 120}, 2),  # slots take no room
+        ({"method": "embedding", "length": 120}, 1),
+        ({"method": "autoprompt", "length": 120, "candidates": 1, "max_steps": 1}, 1),
+        ({"method": "zero_shot", "instruction": "say " * 50}, 1),
+        ({"method": "few_shot", "template": "labelled", "instruction": "say " * 50}, 1),
+        ({"method": "lora", "template": "last", "instruction": "say " * 50}, 1),
+        ({"method": "lora", "instruction": "say " * 50}, 2),
+    ],
+)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_what_passes_can_be_written(
+    model: str, given: dict[str, Any], kept: int, tmp_path: Path, tiny: dict[str, Any]
+) -> None:
+    size = {"llama": "max_position_embeddings", "gpt2": "n_positions"}[model]
+    base = save_tiny(model, tmp_path / "model", **{size: 256})
+    test = tmp_path / "test.jsonl"
+    rows = [{"prompt": "a " * words, "completion": "b"} for words in (3, 100)]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {**tiny, "base": base, "rows": 10, "task_test": str(test), "epochs": 1, **given}
+    result, lines, _ = run(tmp_path, config)
+    assert (len(lines), result["skipped_test_rows"]) == (kept, {"test": 2 - kept})
+
+
 def test_what_would_stop_the_scoring_stops_the_run_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any]
 ) -> None:

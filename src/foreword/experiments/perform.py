@@ -18,8 +18,8 @@ The configuration is flat. These keys say what is compared on what; all others a
     beams, test_batch_size
 
 Labels are predicted, all else is written. Test rows that are too long for the base model once a method adds its tokens
-are left out of all runs and counted. Nothing else of `foreword.experiments` is read here: this file is part of the code
-version of a result.
+are left out and counted: the same ones of all runs whose methods add at most `_ROOM` tokens. Nothing else of
+`foreword.experiments` is read here: this file is part of the code version of a result.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ PROTOCOL: dict[str, Any] = {
     "metrics": "", "beams": 1, "test_batch_size": 20,
 }  # fmt: skip
 _TASK_OPTION = "task_"
-_ROOM = 64  # tokens: what a method may read with every prompt, its virtual tokens or its instruction
+_ROOM = 64  # tokens that each test row leaves for what methods read with a prompt, whatever this run's method reads
+_NO_TOKENS = ("prefix", "ptuning2", "apt")  # methods whose `length` takes no room from the context
 _AT_LEAST = {"beams": 1, "test_batch_size": 1}
 _BASES = ("decoder", "encoder-decoder", "encoder")
 _BASES_FOR = {"generation": _BASES[:2], "tagging": _BASES[2:]}  # kinds of base models that do a kind of task
@@ -136,10 +137,11 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     source = _source(task, protocol)
     train = source.split("train")
     dev = draw_rows(source.split("dev"), protocol["dev_limit"])
-    tests = [_test(base, name, each, protocol) for name, each in tasks.items() if name]
+    candidates = _candidates(config)
+    added = _added(base, candidates, protocol["instruction"] or task.instruction)
+    tests = [_test(base, name, each, protocol, added) for name, each in tasks.items() if name]
     for name in dict.fromkeys(name for test in tests for name in test.metrics):
         get_metric(name).ready()  # what would stop the scoring, such as a missing package, stops the run at once
-    candidates = _candidates(config)
     start = time.perf_counter()
     fits = fit_each(base, train, dev, candidates, task=task, instruction=protocol["instruction"], progress=progress)
     fitted, tried = _choose(candidates, fits)
@@ -213,13 +215,32 @@ class _Test(NamedTuple):
     asked: list[Example]
 
 
-def _test(base: BaseModel, name: str, task: Task, protocol: Mapping[str, Any]) -> _Test:
-    """The rows that leave room for what a method may add. Raises `DataError` if there is none."""
+def _added(base: BaseModel, candidates: Sequence[MethodConfig], instruction: str) -> Callable[[str], int]:
+    """How many tokens one of the candidates at most reads with a prompt, virtual ones or an instruction.
+
+    Solved examples are written as far as there is room. For fewer than `_ROOM` it is that many.
+    """
+    from foreword.methods.prompting import Prompting
+
+    virtual = [each.options.get("length", 0) for each in candidates if each.method not in _NO_TOKENS]
+    templates = {each.options.get("template", "none"): each for each in candidates}
+    writers = [Prompting(base, each, [], instruction) for name, each in templates.items() if name != "none"]
+
+    def added(prompt: str) -> int:
+        tokens = [len(base.encode_prompt(text)) for text in (prompt, *(each.write(prompt) for each in writers))]
+        return max(_ROOM, *virtual, max(tokens) - tokens[0])
+
+    return added
+
+
+def _test(base: BaseModel, name: str, task: Task, protocol: Mapping[str, Any], added: Callable[[str], int]) -> _Test:
+    """The rows that leave room for what a method adds. Raises `DataError` if there is none."""
     split = draw_rows(task.split("test"), protocol["test_limit"])
-    kept = (_writable if task.kind == "generation" else _labelable)(base, task, split)
+    kept = (_writable if task.kind == "generation" else _labelable)(base, task, split, added)
     if not kept:
+        least = min(added(example.prompt) for example in split.examples)
         raise DataError(
-            f"no test row of {task.name!r} leaves {_ROOM} of the {base.max_tokens} tokens of {base.name!r}",
+            f"no test row of {task.name!r} leaves {least} of the {base.max_tokens} tokens of {base.name!r}",
             "shorter rows", "choose another base model",
         )  # fmt: skip
     rows = replace(split, examples=kept, sha256="")
@@ -227,26 +248,27 @@ def _test(base: BaseModel, name: str, task: Task, protocol: Mapping[str, Any]) -
     return _Test(name, task, rows, len(split) - len(kept), _metrics(protocol, task), asked)
 
 
-def _writable(base: BaseModel, task: Task, split: Split) -> list[Example]:
-    """The rows with room for as many tokens as the task allows."""
+def _writable(base: BaseModel, task: Task, split: Split, added: Callable[[str], int]) -> list[Example]:
+    """The rows with room for as many tokens as the task allows, and those that are added."""
     limit, joint = base.max_tokens, base.family.kind == "decoder"
     kept = []
     for example in split.examples:
         prompt, completion = (len(ids) for ids in base.encode(example.prompt, example.completion))
         written = max(completion, task.max_new_tokens)
-        if limit is None or (prompt + written if joint else max(prompt, written)) + _ROOM <= limit:
+        longest = prompt + written if joint else max(prompt, written)
+        if limit is None or longest + added(example.prompt) <= limit:
             kept.append(example)
     return kept
 
 
-def _labelable(base: BaseModel, task: Task, split: Split) -> list[Labelled | Tagged]:
-    """The rows with room for the longest of their candidates; an encoder cuts what is too long."""
+def _labelable(base: BaseModel, task: Task, split: Split, added: Callable[[str], int]) -> list[Labelled | Tagged]:
+    """The rows with room for the longest of their candidates, and for what is added; an encoder cuts long ones."""
     from foreword.objectives import objective_of
 
     rows = objective_of(base, task).encode(split)
     limit = None if base.family.kind == "encoder" else base.max_tokens
     pairs = zip(rows.examples, rows.lengths, strict=True)
-    return [example for example, length in pairs if limit is None or length + _ROOM <= limit]
+    return [example for example, length in pairs if limit is None or length + added(example.prompt) <= limit]
 
 
 def _asked(example: AnyExample) -> Example:
