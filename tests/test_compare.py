@@ -25,7 +25,7 @@ import foreword as fw
 from foreword.compare import compare, method_words, short_names
 from foreword.cost import attention_costs, forward_seconds, query_heads
 from foreword.errors import ConfigError, DataError, PrefixError, RunError
-from foreword.evaluate import Evaluation, evaluate
+from foreword.evaluate import Evaluation, evaluate, evaluation_file
 from foreword.metrics import PairedDifference, get_metric
 from foreword.metrics.bootstrap import paired_difference
 from foreword.prefix import Prefix, Site, SiteTensors
@@ -279,6 +279,43 @@ def test_a_runs_own_test_scores_are_not_overwritten_by_others(writer: Path) -> N
     assert found.entries[0].evaluations[0].generation["num_beams"] == 2 and found.differences
 
 
+def test_own_rows_and_precisions_have_files_of_their_own(writer: Path, tmp_path: Path) -> None:
+    from foreword.cli.evaluate import evaluate as command
+
+    run = Path(shutil.copytree(writer / "run", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*")))
+    files = {name: tmp_path / f"{name} rows.jsonl" for name in "ab"}
+    for name, path in files.items():
+        path.write_text(json.dumps({"prompt": f"say {name}", "completion": name}) + "\n")
+    digits = {name: get_task("files", test=path).split("test").sha256[:8] for name, path in files.items()}
+
+    def written(name: str, *options: object) -> str:
+        before = {path: path.read_bytes() for path in run.glob("evaluation*")}
+        call(command, run, "--show", 0, "--max-new-tokens", 64, "--test", files[name], *options)
+        assert all(path.read_bytes() == kept for path, kept in before.items())
+        return " ".join(path.name for path in set(run.glob("evaluation*")) - {*before})
+
+    assert written("b", "--limit", 1) == f"evaluation-b-rows-{digits['b']}-limit-1.json"
+    assert written("b", "--dtype", "bfloat16") == f"evaluation-b-rows-{digits['b']}-bfloat16.json"
+    assert written("a") == "evaluation.json", "the first are the run's own"
+    assert written("b") == f"evaluation-b-rows-{digits['b']}.json"
+    assert written("a", "--dtype", "bfloat16") == "evaluation-bfloat16.json"
+    assert written("a", "--limit", 1) == "evaluation-limit-1.json"
+    before = (run / "evaluation.json").stat().st_ino
+    call(command, run, "--test", files["a"], "--strict", "--dtype", "float32")
+    assert (run / "evaluation.json").stat().st_ino != before, "the same rows in the same way"
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    shutil.copy(run / "evaluation-bfloat16.json", other / "evaluation.json")
+    note = "scored with base models in bfloat16 and float32: rounding may be part of what differs"
+    assert note in compare([run, other]).notes and note not in compare([run, run]).notes
+
+
+def test_a_name_that_is_cut_says_so_by_a_hash() -> None:
+    names = [evaluation_file("test", ["metric-" * 25, *more]) for more in ([], ["one"], ["two"])]
+    assert len(set(names)) == 3 and {len(name) for name in names} == {len("evaluation-.json") + 150}
+    assert evaluation_file(names[0].removeprefix("evaluation-").removesuffix(".json")) == names[0]
+    assert evaluation_file("test", ["é" * 300]).isascii()
+
+
 def test_written_texts_are_kept_when_scoring_fails(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from foreword.cli.evaluate import evaluate as command
 
@@ -303,6 +340,7 @@ def test_written_texts_are_kept_when_scoring_fails(writer: Path, monkeypatch: py
         ({"generation": {"max_new_tokens": 3, "stop": []}}, True),
         ({"task": "trails"}, True),
         ({"split": "dev"}, True),
+        ({"record": {"dtype": "bfloat16"}}, True),
         ({"scores": {"bleu": {"value": 1.0, "low": 1.0, "high": 1.0}}}, True),
     ],
 )

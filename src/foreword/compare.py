@@ -187,6 +187,9 @@ def compare(
     found, notes = _differences(entries, samples)
     for entry in entries:
         notes += [f"{entry.name}: {note}" for note in entry.notes]
+    dtypes = sorted({str(each.record["dtype"]) for e in entries for each in e.evaluations if "dtype" in each.record})
+    if len(dtypes) > 1:
+        notes.append(f"scored with base models in {' and '.join(dtypes)}: rounding may be part of what differs")
     if any(not cost.exact for entry in entries for cost in entry.costs):
         notes.append("≥: the base model's query heads are not known here, its key/value heads were counted")
     return Comparison(entries, found, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -217,13 +218,18 @@ def writing_options(task: Task) -> dict[str, Any]:
 
 
 def evaluation_file(split: str = "test", differs: Sequence[str] = ()) -> str:
-    """The file in a run folder for an evaluation; what `differs` from the task's own rows and options is in its name.
+    """The file in a run folder for an evaluation; what `differs` from the run's own rows and options is in its name.
+
+    A name that is cut ends with digits of the hash of all that differs.
 
     >>> evaluation_file(), evaluation_file("dev"), evaluation_file("test", ["webnlg-unseen", "beams-5"])
     ('evaluation.json', 'evaluation-dev.json', 'evaluation-webnlg-unseen-beams-5.json')
     """
     words = "-".join([*([] if split == "test" else [split]), *differs])
-    plain = re.sub(r"[^\w.+-]+", "-", words)[:_LONGEST_NAME]
+    plain = re.sub(r"[^\w.+-]+", "-", words, flags=re.ASCII)
+    if len(plain) > _LONGEST_NAME:
+        digits = f"-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        plain = plain[: _LONGEST_NAME - len(digits)] + digits
     return f"evaluation-{plain}.json" if plain else EVALUATION
 
 

@@ -107,13 +107,14 @@ def _named(progress: Progress, name: str) -> Progress:
 
 
 def evaluate_run(base: BaseModel, run: TrainResult, task: Task | str, progress: Progress | None = None) -> Evaluation:
-    """The test scores of a finished run, kept in its folder; not computed again for the same rows and options."""
+    """The test scores of a finished run, kept in its folder; not computed again for the same rows, options, dtype."""
     task = get_task(task) if isinstance(task, str) else task
     kept = None if run.folder is None else run.folder / EVALUATION
     if kept is not None and kept.exists():
         known = Evaluation.load(kept)
         rows = {"task": task.name, "split": "test", "data_sha256": task.split("test").sha256}
-        if known.protocol == {**rows, **writing_options(task)} and tuple(known.scores) == tuple(task.metrics):
+        asked = {**rows, **writing_options(task)}, tuple(task.metrics), str(base.dtype).removeprefix("torch.")
+        if (known.protocol, tuple(known.scores), known.record.get("dtype")) == asked:
             return known
     advance = None if progress is None else lambda done, total: progress("test", done, total)
     evaluation = evaluate(base, run.prefix, task, "test", progress=advance)

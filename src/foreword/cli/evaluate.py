@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,12 @@ from foreword.cli.options import (
     load_prefixes,
     make_task,
 )  # fmt: skip
-from foreword.errors import ConfigError, RunError
+from foreword.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
     from foreword.evaluate import Evaluation, Interval
     from foreword.seeds import Spread
-    from foreword.tasks import Task
+    from foreword.tasks import Split, Task
 
 __all__ = ["evaluate", "print_scores", "print_side_by_side"]
 
@@ -87,10 +88,14 @@ def evaluate(
     untouched = [("base model", None, None)] if with_base or not prefixes else []
     known = known_of(prefixes[0][2]) if prefixes else {}
     named = None if metrics is None else [name.strip() for name in metrics.split(",")]
+    work = make_task(task, files or {}, known, split)
+    differs = _differs(work, known.get("task"), limit, beams, max_new_tokens, named)
+    if out is None and prefixes:
+        own = work.split(split) if files else None
+        differs = _beside([path for _, path, _ in prefixes], own, dtype, str(loaded.dtype), differs)
     for name, path, each in [*untouched, *trained]:
         chosen = make_task(task, files or {}, known if each is None else known_of(each), split)
         options: dict[str, Any] = {"num_beams": beams} if chosen.kind == "generation" or beams > 1 else {}
-        differs = _differs(chosen, known.get("task"), limit, beams, max_new_tokens, named)
         with bar(name) as progress:
             results.append(
                 run(
@@ -145,6 +150,27 @@ def _differs(
         *([f"tokens-{max_new_tokens}"] if max_new_tokens not in (None, task.max_new_tokens) else []),
         *(metrics if metrics is not None and metric_names(metrics) != tuple(task.metrics) else []),
     ]
+
+
+def _beside(folders: list[Path], rows: Split | None, asked: str, dtype: str, differs: list[str]) -> list[str]:
+    """What differs from the kept evaluations of runs, own rows and the precision with it, in few words.
+
+    A run does not say which own rows are its test rows: those of its evaluation.json are, and where there is none those
+    that are read first, in the precision that the model is stored in.
+    """
+    from foreword.evaluate import Evaluation
+    from foreword.runs import EVALUATION
+
+    kept: list[Evaluation] = []
+    for folder in folders:
+        with contextlib.suppress(DataError):  # not there, or nothing that would be missed
+            kept.append(Evaluation.load(folder / EVALUATION))
+    precision = dtype.removeprefix("torch.")
+    known = {each.record.get("dtype", precision) for each in kept}
+    differs = [*differs, *([precision] if (known != {precision} if kept else asked != "auto") else [])]
+    if rows is None or ({each.data_sha256 for each in kept} == {rows.sha256} if kept else not differs):
+        return differs
+    return [f"{Path(rows.source).stem}-{rows.sha256[:8]}", *differs]
 
 
 def _save(result: Evaluation, path: Path | None, split: str, differs: list[str], out: Path | None) -> None:
