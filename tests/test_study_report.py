@@ -504,6 +504,34 @@ def test_published_figures_stand_beside_those_of_the_same_method_and_metric(tmp_
 
 
 @pytest.mark.parametrize(
+    ("key", "values", "usual"),
+    [
+        ("init", ("random", "text", "vocab"), "text"),
+        ("length", (1, 10), 10),
+        ("parametrization", ("mlp", "direct"), "direct"),
+        ("instruction", ("elephant", ""), ""),
+    ],
+)
+def test_a_published_prefix_is_the_usual_one_of_several(
+    tmp_path: Path, key: str, values: tuple[Any, ...], usual: Any
+) -> None:
+    jobs = [
+        finished(tmp_path, f"form{k}", 0.5, axis="", metric="bleu", method="prefix", **{key: value})
+        for k, value in enumerate(values)
+    ]
+    found = {cell.config[key]: beside(cell, "test", "bleu") for cell in gather(jobs).cells}
+    assert [value for value, figure in found.items() if figure] == [usual]
+    assert "here and in the paper" not in report(tmp_path, jobs)[1]
+    alone = gather(jobs[:1]).cells[0]
+    assert beside(alone, "test", "bleu"), "the only form that a study has is its prefix"
+
+
+def test_one_published_figure_is_no_difference(tmp_path: Path) -> None:
+    jobs = [finished(tmp_path, label, 0.5, axis="", metric="bleu", method="prefix") for label in ("prefix", "again")]
+    assert "here and in the paper" not in report(tmp_path, jobs)[1]
+
+
+@pytest.mark.parametrize(
     ("task", "method", "metric", "told"),
     [
         ("webnlg-unseen", "prefix", "bleu_webnlg", "45.6 (45.3)"),

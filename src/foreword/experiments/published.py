@@ -133,11 +133,12 @@ def published_for(task: str) -> list[Published]:
 def beside(cell: Cell, test: str, metric: str) -> Published | None:
     """The figure to be read beside that of a cell: of its method, on the same test rows, by the same metric.
 
-    That of the smaller base model, which is nearer to those that studies are made with.
+    That of the smaller base model, which is nearer to those that studies are made with. Of a method in several forms
+    only the usual one has a figure that does not say which form it is of.
     """
     own = cell.tested(test)
     for each in published_for(own):
         fits = each.method == cell.config.get("method") and each.test == own and metric in each.scores
-        if fits and all(cell.option(name) == value for name, value in each.options.items()):
+        if fits and cell.usual(each.options) and all(cell.option(name) == v for name, v in each.options.items()):
             return each
     return None

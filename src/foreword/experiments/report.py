@@ -269,6 +269,8 @@ def _gaps(own: Cell, cell: Cell, test: str, metric: str) -> list[Value]:
     figures = beside(own, test, metric), beside(cell, test, metric)
     if cell is own or scores[0] is None or scores[1] is None or figures[0] is None or figures[1] is None:
         return []
+    if figures[0] is figures[1]:  # one figure says nothing of how two forms of a method differ
+        return []
     found = scores[1].mean - scores[0].mean, figures[1].scores[metric] - figures[0].scores[metric]
     return [Shown(f"{gap:+{scores[0].form}}", gap) for gap in found]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from foreword.errors import RunError
-from foreword.experiments.perform import TEXTS
+from foreword.experiments.perform import PROTOCOL, TEXTS
 from foreword.experiments.plan import Value
 from foreword.experiments.records import Job, read_record, read_result
 from foreword.methods import METHODS
@@ -47,7 +47,7 @@ class Cell:
     """Runs that differ in their sample and seed only; `results` and `folders` go by these two.
 
     `label` is the name of the study's file and what else differs, `method` that of its method in words. `planned` are
-    the repetitions that the study asks for, done or not.
+    the repetitions that the study asks for, done or not; `varied` the keys that its method has several values of.
     """
 
     panel: str
@@ -58,6 +58,7 @@ class Cell:
     planned: frozenset[Repetition] = field(repr=False)
     results: dict[Repetition, dict[str, Any]] = field(repr=False)
     folders: dict[Repetition, Path] = field(repr=False)
+    varied: frozenset[str] = field(repr=False)
 
     @property
     def whole(self) -> bool:
@@ -75,10 +76,14 @@ class Cell:
         return self.label.partition(" ")[0]
 
     def option(self, name: str) -> Any:
-        """An option of the method: as it is set, else its default; None for one that the method does not have."""
+        """A key as it is set, else its default; None for an option that the method does not have."""
+        return _value(self.config, name)
+
+    def usual(self, but: Collection[str] = ()) -> bool:
+        """Whether its method, which the study may have in several forms, has its defaults here; no matter in `but`."""
         method = METHODS.get(str(self.config.get("method", "")))
-        default = method.options[name].default if method and name in method.options else None
-        return self.config.get(name, default)
+        keys = [key for key in (*(method.options if method else ()), "instruction") if key in self.varied]
+        return all(self.option(key) == _default(self.config, key) for key in keys if key not in but)
 
     def tested(self, test: str) -> str:
         """The name of the task whose test rows these are."""
@@ -212,10 +217,11 @@ def gather(jobs: Iterable[Job]) -> Results:
         where = float(job.config[place]) if place else None
         groups.setdefault((panel, label, where), []).append(job)
     found = {job.name: result for job in jobs if (result := read_result(job.folder)) is not None}
-    words = _in_words(jobs)
+    words, varied = _in_words(jobs), _varied(jobs)
     cells = [
-        _cell(*key, words, group, found) for key, group in groups.items() if any(job.name in found for job in group)
-    ]
+        _cell(*key, words, group, found, varied[str(group[0].config.get("method", ""))])
+        for key, group in groups.items() if any(job.name in found for job in group)
+    ]  # fmt: skip
     _check_weights(jobs, found)
     missing = tuple(job for job in jobs if job.name not in found)
     return Results(tuple(_over_the_same(cells)), missing, jobs, place)
@@ -245,16 +251,39 @@ def _in_words(jobs: Iterable[Job]) -> dict[str, str]:
     }
 
 
+def _varied(jobs: Iterable[Job]) -> dict[str, frozenset[str]]:
+    """The keys that runs of a method have several values of, by method."""
+    configs: dict[str, list[Mapping[str, Value]]] = {}
+    for job in jobs:
+        configs.setdefault(str(job.config.get("method", "")), []).append(job.config)
+    return {
+        method: frozenset(
+            key for key in {key for each in own for key in each} if len({_value(each, key) for each in own}) > 1
+        )
+        for method, own in configs.items()
+    }
+
+
+def _value(config: Mapping[str, Value], key: str) -> Any:
+    """What a run has under a key: as it is set, else its default."""
+    return config[key] if key in config else _default(config, key)
+
+
+def _default(config: Mapping[str, Value], key: str) -> Any:
+    method = METHODS.get(str(config.get("method", "")))
+    return method.options[key].default if method and key in method.options else PROTOCOL.get(key)
+
+
 def _cell(
     panel: str, label: str, place: float | None, words: Mapping[str, str], jobs: Sequence[Job],
-    found: Mapping[str, dict[str, Any]],
+    found: Mapping[str, dict[str, Any]], varied: frozenset[str],
 ) -> Cell:  # fmt: skip
     by_repetition = {(job.config.get("sample", 0), job.config.get("seed", 0)): job for job in jobs}
     done = {repetition: job for repetition, job in by_repetition.items() if job.name in found}
     return Cell(
         panel, label, words[label.partition(" ")[0]], place, jobs[0].config, frozenset(by_repetition),
         {repetition: found[job.name] for repetition, job in done.items()},
-        {repetition: Path(job.folder) for repetition, job in done.items()},
+        {repetition: Path(job.folder) for repetition, job in done.items()}, varied,
     )  # fmt: skip
 
 
