@@ -7,6 +7,7 @@ import random
 import re
 import statistics
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ ROWS = [f"the river {k} is long and blue" for k in range(40)]
 
 def finished(
     folder: Path, label: str, quality: float, *, rows: int = 50, sample: int = 0, tests: tuple[str, ...] = ("test",),
-    axis: str = "rows", at: float | None = None, metric: str = "exact_match", parameters: int = 0, dev: float = 1.0,
+    axis: str = "rows", at: Any = None, metric: str = "exact_match", parameters: int = 0, dev: float = 1.0,
     **config: Any,
 ) -> Job:  # fmt: skip
     """A run whose texts are right for so large a share of the rows; `axis` is what the study varies, "" for nothing."""
@@ -172,6 +173,65 @@ def pair(folder: Path, first: str, second: str, better: bool | None, **values: A
         texts = Path(found[0].folder, "texts.jsonl").read_text()
         Path(found[1].folder, "texts.jsonl").write_text(texts)
     return found
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("base", ("smollm2-135m", "gpt2")), ("dtype", ("float32", "bfloat16")), ("beams", (1, 5)),
+        ("task", ("webnlg", "dart")), ("task_words", (60, 120)), ("tests", ("e2e", "dart")), ("fraction", (0.1, 1.0)),
+        ("metrics", ("bleu", "ter")), ("test_limit", (10, 20)),
+    ],
+)  # fmt: skip
+def test_what_is_not_the_method_is_not_compared_across(tmp_path: Path, key: str, values: tuple[Any, ...]) -> None:
+    jobs = [
+        replace(job, name=f"{job.name},{key}={value}", config={**job.config, key: value})
+        for value in values for job in pair(tmp_path / str(value), "embedding", "prefix", True)
+    ]  # fmt: skip
+    results = gather(jobs)
+    named = [str(value) if key == "task" else f"{key} {value}" for value in values]
+    assert (results.panels, results.labels, results.place) == (named, ["embedding", "prefix"], "rows")
+    (found,) = expectations(results)
+    assert len(found.measured) == 1 + 2, "the mean, and a prefix against embeddings in each panel"
+    _, markdown = report(tmp_path, jobs)
+    assert markdown.count("| Embedding-only | 50 rows | 1 | -") == 2
+
+
+@pytest.mark.parametrize(("key", "place"), [("beams", ""), ("task_words", ""), ("rows_per_label", "rows_per_label")])
+def test_numbers_that_are_not_of_the_method_are_no_places(tmp_path: Path, key: str, place: str) -> None:
+    """But for amounts of data, over which methods are drawn."""
+    results = gather([job for at in (1, 5) for job in pair(tmp_path, "full", "prefix", True, axis=key, at=at)])
+    assert (results.place, results.panels) == (place, [""] if place else [f"{key} 1", f"{key} 5"])
+
+
+def test_a_run_without_a_listed_key_is_where_its_default_is(tmp_path: Path) -> None:
+    first, second = pair(tmp_path, "full", "prefix", True, base="gpt2")
+    default = {key: value for key, value in second.config.items() if key != "base"}
+    listed = replace(first, name=f"{first.name},base=gpt2")
+    assert gather([listed, second]).panels == ["base gpt2"]
+    assert gather([listed, replace(second, config=default)]).panels == ["base gpt2", "base smollm2-135m"]
+
+
+def test_an_instruction_is_a_variant_of_a_method(tmp_path: Path) -> None:
+    """Words from which a prefix is born; with several methods each is held against those that have the same words."""
+    random_one = finished(tmp_path, "random", 0.1, axis="", method="prefix", init="random")
+    related = [
+        finished(tmp_path, "related", 0.9, axis="instruction", at=word, method="prefix", init="words")
+        for word in ("summarize", "elephant")
+    ]
+    results = gather([random_one, *related])
+    assert results.panels == [""] and results.labels[1:] == [
+        f"related instruction {each}" for each in ("summarize", "elephant")
+    ]
+    (found,) = expectations(results)
+    assert len(found.measured) == 1 + 2
+    both = [
+        job for word in ("summarize", "elephant")
+        for job in pair(tmp_path / "both", "infix", "prefix", True, axis="instruction", at=word)
+    ]  # fmt: skip
+    (found,) = expectations(gather(both))
+    assert len(found.measured) == 1 + 2
+    assert all(line.count("elephant") in (0, 2) for line in found.measured)
 
 
 OUTCOMES = pytest.mark.parametrize(

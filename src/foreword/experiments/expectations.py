@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from foreword.experiments.comparisons import Difference, difference, holm, p_text
-from foreword.experiments.results import Cell, Results
+from foreword.experiments.results import REPEATED, Cell, Results
 from foreword.metrics import number_format
 
 __all__ = ["Expectation", "expectations"]
@@ -110,8 +110,14 @@ def _claimed(results: Results, claim: _Claim) -> Expectation | None:
         for first in _plain(cells, claim.first):
             for second in _plain(cells, claim.second):
                 tests = [test for test in results.tests(panel) if claim.fits(results, first, second, test)]
-                found += list(_differences(results, first, second, tests)) if first.place == second.place else []
+                found += list(_differences(results, first, second, tests)) if _alike(first, second) else []
     return _said(claim.statement, claim.source, claim.published, found)
+
+
+def _alike(first: Cell, second: Cell) -> bool:
+    """Whether two methods are at one place, and have the same of all that the study varies of both."""
+    shared = (first.varied & second.varied) - set(REPEATED)
+    return first.place == second.place and all(first.option(key) == second.option(key) for key in shared)
 
 
 def _plain(cells: list[Cell], method: str) -> list[Cell]:

@@ -19,14 +19,15 @@ from foreword.experiments.records import Job, read_record, read_result
 from foreword.methods import METHODS
 from foreword.metrics import number_format
 
-__all__ = ["Cell", "Results", "Spread", "gather", "recorded"]
+__all__ = ["REPEATED", "Cell", "Results", "Spread", "gather", "recorded"]
 
 Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
 _PARTS = ("task_transfer", "task_categories")  # options that make another task of a task: "bbc" and "bbc-within-news"
 _TIME = "%Y-%m-%dT%H:%M:%S%z"  # as records have it
-_REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
-_PLACES = ("rows", "fraction", "length", "share", "rank")  # what a study is drawn over, the first that differs
+REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
+_OWN = ("method", "instruction", "tuning", "dev_limit")  # keys of the protocol that make another variant of a method
+_PLACES = ("rows", "fraction", "rows_per_label", "length", "share", "rank")  # what a study is over, the first of these
 
 
 class Spread(NamedTuple):
@@ -158,7 +159,7 @@ class Results:
 
     @cached_property
     def panels(self) -> list[str]:
-        """What differs besides method, place and repetition, such as the task."""
+        """What differs besides method, place and repetition: tasks, base models, beams."""
         return list(dict.fromkeys(cell.panel for cell in self.cells))
 
     @cached_property
@@ -206,14 +207,16 @@ def gather(jobs: Iterable[Job]) -> Results:
     """The results of jobs as cells. Raises `RunError` for a damaged file, and for other weights under the same name."""
     jobs = tuple(jobs)
     axes = {job.name: [part.partition("=")[0] for part in job.name.split(",")[1:]] for job in jobs}
-    differing = dict.fromkeys(key for keys in axes.values() for key in keys if key not in _REPEATED)
+    differing = dict.fromkeys(key for keys in axes.values() for key in keys if key not in REPEATED)
     numeric = [key for key in differing if all(_is_number(job.config.get(key)) for job in jobs)]
-    place = next((key for key in (*_PLACES, *numeric) if key in numeric), "")
+    own = [key for key in numeric if not _is_of_panel(key)]
+    place = next((key for key in (*_PLACES, *own) if key in numeric), "")
+    panels = sorted((key for key in differing if _is_of_panel(key) and key != place), key=lambda key: key != "task")
     groups: dict[tuple[str, str, float | None], list[Job]] = {}
     for job in jobs:
-        others = [key for key in axes[job.name] if key not in (*_REPEATED, "task", place)]
+        others = [key for key in axes[job.name] if key not in (*REPEATED, *panels, place)]
         label = " ".join([job.name.partition(",")[0], *(f"{key} {job.config[key]}" for key in others)])
-        panel = str(job.config["task"]) if "task" in axes[job.name] else ""
+        panel = ", ".join(f"{'' if key == 'task' else f'{key} '}{_value(job.config, key)}" for key in panels)
         where = float(job.config[place]) if place else None
         groups.setdefault((panel, label, where), []).append(job)
     found = {job.name: result for job in jobs if (result := read_result(job.folder)) is not None}
@@ -225,6 +228,11 @@ def gather(jobs: Iterable[Job]) -> Results:
     _check_weights(jobs, found)
     missing = tuple(job for job in jobs if job.name not in found)
     return Results(tuple(_over_the_same(cells)), missing, jobs, place)
+
+
+def _is_of_panel(key: str) -> bool:
+    """Whether runs with other values of a key are not to be compared: those of other base models, tasks or beams."""
+    return key.startswith("task_") or (key in PROTOCOL and key not in _OWN)
 
 
 def _check_weights(jobs: Iterable[Job], found: Mapping[str, dict[str, Any]]) -> None:
