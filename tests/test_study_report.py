@@ -688,14 +688,52 @@ def test_scores_of_one_place_are_ranked_in_a_picture(tmp_path: Path) -> None:
     assert drawn.index(">Full fine-tuning</text>") < drawn.index(">Prefix-Tuning</text>"), "their values say so here"
 
 
-def test_what_cannot_be_compared_is_an_error(jobs: list[Job]) -> None:
+def test_cells_are_compared_on_the_rows_that_both_have(jobs: list[Job], tmp_path: Path) -> None:
+    """A row is missing in one run, and another has a name of its own in it."""
+    path = Path(jobs[0].folder, "texts.jsonl")
+    path.write_text("".join(line.replace('"r3"', '"r99"') for line in path.read_text().splitlines(True)[1:]))
     results = gather(jobs)
     first, second = results.of("", "full", 50.0)[0], results.of("", "prefix", 50.0)[0]
-    path = Path(jobs[0].folder, "texts.jsonl")
-    path.write_text(path.read_text().replace('"r3"', '"r99"'))
-    with pytest.raises(RunError, match="tested on other rows"):
-        difference(first, second, "test", "exact_match")
-    path.write_text("{")
+    found = difference(first, second, "test", "exact_match")
+    assert found is not None and (found.rows, found.others, found.runs) == (38, 3, 2)
+    kept = [[row for row in cell.texts(each, "test") if row["id"] not in ("r0", "r3", "r99")]
+            for cell in (first, second) for each in cell.results]  # fmt: skip
+    right = [100 * statistics.fmean(row["text"] == row["references"][0] for row in rows) for rows in kept]
+    assert found.found.difference == pytest.approx((right[2] + right[3] - right[0] - right[1]) / 2)
+    told = (
+        "differences are over the 38 to 40 that two methods and their runs have in common, 0 to 3 others are left out"
+    )
+    assert told in report(tmp_path, jobs)[1]
+    path.write_text(path.read_text().replace('"id": "r', '"id": "q'))
+    assert difference(first, second, "test", "exact_match") is None
+
+
+def test_rows_of_one_name_are_compared_in_their_order(tmp_path: Path) -> None:
+    jobs = pair(tmp_path, "full", "prefix", True, axis="")
+    expected = difference(*gather(jobs).cells, "test", "exact_match")
+    for job in jobs:
+        path = Path(job.folder, "texts.jsonl")
+        path.write_text(re.sub(r'"id": "r\d+"', '"id": "r"', path.read_text()))
+    assert (found := difference(*gather(jobs).cells, "test", "exact_match")) and expected
+    assert found.rows == 40 and found.found == expected.found
+
+
+def test_tables_say_how_many_test_rows_there_are(jobs: list[Job], tmp_path: Path) -> None:
+    for job in jobs:
+        edit(job, test_rows={"test": 40}, skipped_test_rows={"test": 2 if "rows=50" in job.name else 0})
+    _, markdown = report(tmp_path, jobs)
+    assert (
+        "50 rows. Mean and range over 2 runs (samples and seeds). 40 test rows, and 2 too long for the base model."
+        in (markdown.splitlines())
+    )
+    assert "100 rows. Mean and range over 2 runs (samples and seeds). 40 test rows." in markdown.splitlines()
+    assert "left out" not in markdown
+
+
+def test_damaged_texts_are_an_error(jobs: list[Job]) -> None:
+    results = gather(jobs)
+    first, second = results.of("", "full", 50.0)[0], results.of("", "prefix", 50.0)[0]
+    Path(jobs[0].folder, "texts.jsonl").write_text("{")
     with pytest.raises(RunError, match="texts of a run"):
         difference(first, second, "test", "exact_match")
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from foreword.errors import ConfigError, RunError
+from foreword.errors import ConfigError
 from foreword.experiments.results import Cell
 from foreword.metrics import Metric, get_metric, number_format
 from foreword.metrics.bootstrap import PairedDifference, paired_difference
 
-__all__ = ["Difference", "difference", "holm", "known_metric", "p_text", "rises"]
+__all__ = ["Difference", "by_row", "difference", "holm", "known_metric", "p_text", "rises"]
 
 _SAMPLES = 2000
 
 
 class Difference(NamedTuple):
-    """How much higher one cell scores than another, on the same rows, samples and seeds."""
+    """How much higher one cell scores than another, on the same rows, samples and seeds.
+
+    `rows` is how many test rows that is over, `others` how many more were tested for one of the cells or some of its
+    repetitions only.
+    """
 
     first: Cell
     second: Cell
@@ -24,6 +29,8 @@ class Difference(NamedTuple):
     metric: str
     found: PairedDifference
     runs: int
+    rows: int
+    others: int
 
     @property
     def shown(self) -> str:
@@ -61,25 +68,39 @@ def rises(metric: str) -> bool:
 
 
 def difference(first: Cell, second: Cell, test: str, metric: str) -> Difference | None:
-    """How much higher the second cell scores; None where they have no repetition in common, or nothing to compare.
+    """How much higher the second cell scores; None where they have no repetition, row or metric in common.
 
-    That is the mean over repetitions, as in the tables. Rows are drawn and exchanged in all of them alike: a row counts
-    as one however often it was written for.
+    That is the mean over repetitions, as in the tables, where all were tested on the same rows, else on those that all
+    have. Rows are drawn and exchanged in all repetitions alike: a row counts as one however often it was written for.
     """
     common = [each for each in first.results if each in second.results]
     scorer = known_metric(metric)
     if not common or scorer is None or not (first.has_texts and second.has_texts):
         return None
+    written = [[by_row(cell.texts(each, test)) for each in common] for cell in (first, second)]
+    tested = [rows.keys() for side in written for rows in side]
+    kept = [row for row in tested[0] if all(row in each for each in tested)]
+    if not kept:
+        return None
     sides: tuple[list[Any], list[Any]] = ([], [])
-    for repetition in common:
-        rows, others = first.texts(repetition, test), second.texts(repetition, test)
-        if [row["id"] for row in rows] != [row["id"] for row in others]:
-            raise RunError(f"{first.label} and {second.label} were tested on other rows", "the same", "run them again")
-        targets: Sequence[Any] = [row["references"] if scorer.needs == "references" else row["prompt"] for row in rows]
-        texts = [row["text"] for row in rows], [row["text"] for row in others]
+    for one, two in zip(*written, strict=True):
+        targets: Sequence[Any] = [one[row]["references" if scorer.needs == "references" else "prompt"] for row in kept]
+        texts = [one[row]["text"] for row in kept], [two[row]["text"] for row in kept]
         for side, numbers in zip(sides, scorer.paired_statistics(*texts, targets), strict=True):
             side.append(numbers)
-    return Difference(first, second, test, metric, paired_difference(scorer, *sides, samples=_SAMPLES), len(common))
+    found = paired_difference(scorer, *sides, samples=_SAMPLES)
+    others = len({row for each in tested for row in each}) - len(kept)
+    return Difference(first, second, test, metric, found, len(common), len(kept), others)
+
+
+def by_row(texts: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """What was written by the row's name, and by how many rows of that name came before it."""
+    counts: Counter[str] = Counter()
+    found = {}
+    for text in texts:
+        found[text["id"], counts[text["id"]]] = text
+        counts[text["id"]] += 1
+    return found
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from foreword.experiments.comparisons import Difference, difference, holm, p_text, rises
+from foreword.experiments.comparisons import Difference, by_row, difference, holm, p_text, rises
 from foreword.experiments.expectations import expectations
 from foreword.experiments.parts import Amount, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
 from foreword.experiments.pictures import costs, differences, over_parameters, scores, seen_and_unseen, trade
@@ -108,7 +108,8 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
         for place in results.places(panel):
             cells = [cell for cell in results.of(panel, place=place) if any(cell.score(test, each) for each in metrics)]
             if cells:
-                yield Text(f"{results.at(place) or 'All rows'}. {_repeated(cells, results.comparable(panel, place))}.")
+                told = f"{_repeated(cells, results.comparable(panel, place))}. {_rows(cells, test)}".strip()
+                yield Text(f"{results.at(place) or 'All rows'}. {told}")
                 yield _table(cells, test, metrics)
         if any(beside(cell, test, each) and cell.score(test, each) for cell in results.of(panel) for each in metrics):
             yield Text(
@@ -123,6 +124,22 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
         yield from _differences(results, panel, test, metrics[0])
     yield from seen_and_unseen(results, panel)
     yield from _costs(results, panel)
+
+
+def _rows(cells: Sequence[Cell], test: str) -> str:
+    """How many test rows there are, and how many that no method was asked; "" where runs do not say."""
+    tested = _counts({number for cell in cells for number in cell.counted("test_rows", test)})
+    skipped = _counts({number for cell in cells for number in cell.counted("skipped_test_rows", test)})
+    if not tested:
+        return ""
+    return f"{tested} test rows" + (
+        f", and {skipped} too long for the base model." if skipped not in ("", "0") else "."
+    )
+
+
+def _counts(numbers: Collection[int]) -> str:
+    """Numbers in words: the only one, or the least and the most."""
+    return " to ".join(map(str, dict.fromkeys((min(numbers), max(numbers))))) if numbers else ""
 
 
 def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
@@ -188,6 +205,13 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
         "bootstrap interval over rows (95 %), and p by approximate randomization, corrected by Holm for the "
         f"{len(found)} differences of this table. Neither knows how samples of training rows differ."
     )
+    others = _counts({each.others for each in found})
+    if others != "0":
+        yield Text(
+            f"Not all were tested on the same rows: differences are over the {_counts({each.rows for each in found})} "
+            f"that two methods and their runs have in common, {others} others are left out. They are not those of the "
+            "scores above."
+        )
     yield from differences(found, corrected, results)
     rows: list[list[Value]] = []
     for each, p in zip(found, corrected, strict=True):
@@ -302,21 +326,22 @@ def _examples(results: Results) -> Iterator[Part]:
     if not common:
         return
     repetition = min(common, key=str)
-    written = {cell.title: texts for cell in cells if (texts := cell.texts(repetition, tests[0]))}
-    if not written:
+    written = {cell.title: texts for cell in cells if (texts := by_row(cell.texts(repetition, tests[0])))}
+    first = next(iter(written.values()), {})
+    asked = [row for row in first if all(row in texts for texts in written.values())]
+    if not asked:
         return
-    count = min(map(len, written.values()))
+    count = len(asked)
     chosen = sorted({round(k * (count - 1) / max(1, _EXAMPLES - 1)) for k in range(min(_EXAMPLES, count))})
     yield Heading("What was written")
     yield Text(
         f"{len(chosen)} of {count} test rows, equally far apart; sample and seed {repetition[0]}, {repetition[1]}."
     )
-    first = next(iter(written.values()))
     rows = []
-    for place in chosen:
-        rows.append([str(first[place]["id"]), "prompt", str(first[place]["prompt"]).strip()])
-        rows.append(["", "reference", str(first[place]["references"][0])])
-        rows += [["", name, str(texts[place]["text"])] for name, texts in written.items()]
+    for row in (asked[place] for place in chosen):
+        rows.append([str(first[row]["id"]), "prompt", str(first[row]["prompt"]).strip()])
+        rows.append(["", "reference", str(first[row]["references"][0])])
+        rows += [["", name, str(texts[row]["text"])] for name, texts in written.items()]
     yield Table(["row", "who", "text"], rows)
 
 

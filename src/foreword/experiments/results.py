@@ -127,6 +127,10 @@ class Cell:
             return None
         return Spread(statistics.fmean(values), min(values), max(values), len(values), ",.0f")
 
+    def counted(self, name: str, test: str) -> set[int]:
+        """What the runs say of how many rows there are of a test, such as `skipped_test_rows`."""
+        return {int(n) for each in self.results.values() if _is_number(n := _found(each, name, test))}
+
     @property
     def has_texts(self) -> bool:
         """Whether what was written is kept; a function of one's own may keep none."""
