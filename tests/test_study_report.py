@@ -419,13 +419,26 @@ def test_files_are_called_by_their_method_where_it_has_no_other_file(tmp_path: P
     assert [(cell.title, cell.place) for cell in gather([job]).cells] == [("LoRA targets all", 1.0)]
 
 
-def test_methods_that_plan_fewer_repetitions_are_whole(jobs: list[Job], tmp_path: Path) -> None:
-    """A method without training has one run; that takes nothing from the others."""
+def test_methods_that_plan_fewer_repetitions_are_compared_over_these(jobs: list[Job], tmp_path: Path) -> None:
+    """A method without training may have one run only: ranked with it are the others' runs of that sample."""
     alone = finished(tmp_path, "zero_shot", 0.1)
-    results = gather([*jobs, Job("zero_shot,rows=50", alone.config, "m:f", "c", "d", alone.folder)])
-    assert {cell.label: len(cell.results) for cell in results.of("", place=50.0)} == {
-        "full": 2, "prefix": 2, "lora": 2, "zero_shot": 1,
-    }  # fmt: skip
+    results = gather([*jobs, replace(alone, name="zero_shot,rows=50")])
+    assert {cell.label: set(cell.results) for cell in results.of("", place=50.0)} == {
+        label: {(0, 0)} for label in ("full", "prefix", "lora", "zero_shot")
+    }
+    assert results.comparable("", 50.0) and {len(cell.results) for cell in results.of("", place=100.0)} == {2}
+    _, markdown = report(tmp_path, [*jobs, replace(alone, name="zero_shot,rows=50")])
+    assert "50 rows. One run each, the 1 of 2 that all methods here have" in markdown
+    runs = {row["method"]: row["runs"] for row in table(markdown, "runs", "parameters")}
+    assert runs == {"Full fine-tuning": "1 of 2", "Prefix-Tuning": "1 of 2", "LoRA": "1 of 2", "Zero-shot": "1"}
+
+
+def test_methods_that_plan_other_repetitions_are_not_ranked(jobs: list[Job], tmp_path: Path) -> None:
+    other = finished(tmp_path, "zero_shot", 0.1, sample=7)
+    results = gather([*jobs, other])
+    assert {len(cell.results) for cell in results.of("", "prefix")} == {2}, "they stay as they are"
+    assert not results.comparable("", 50.0) and results.comparable("", 100.0)
+    assert "50 rows: not ranked" in report(tmp_path, [*jobs, other])[1]
 
 
 def test_the_time_of_all_candidates_stands_beside_that_of_the_chosen_one(jobs: list[Job], tmp_path: Path) -> None:

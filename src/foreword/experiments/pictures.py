@@ -11,7 +11,7 @@ from foreword.experiments.results import Cell, Results, Spread
 
 __all__ = ["costs", "differences", "over_parameters", "scores", "seen_and_unseen", "trade"]
 
-_HOLLOW = "Hollow marks: not all planned runs are there."
+_HOLLOW = "Hollow marks: not over all planned runs."
 _DATA = ("rows", "rows_per_label", "fraction")  # places that are amounts of data, not sizes of what is trained
 _LEVEL = 0.05
 _SMALL, _LARGE = 0.7, 1.4  # the marks of the first and the last place

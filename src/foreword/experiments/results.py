@@ -153,7 +153,7 @@ class Cell:
 class Results:
     """The cells of a study, and the jobs without a result; `place` names what cells are drawn over, "" for nothing.
 
-    Cells at one place of a panel are over the same samples and seeds: those that none of them still lacks.
+    Cells at one place of a panel are over the same samples and seeds: those that all of them have.
     """
 
     cells: tuple[Cell, ...]
@@ -192,9 +192,8 @@ class Results:
         return f"{place:g} rows" if self.place == "rows" else f"{self.place} {place:g}"
 
     def comparable(self, panel: str, place: float | None) -> bool:
-        """Whether the cells at a place are over the same repetitions, as far as these are planned for them."""
-        cells = [cell for cell in self.of(panel) if cell.place == place]
-        return not any(_lacking(cells) & cell.results.keys() for cell in cells)
+        """Whether the cells at a place are over the same repetitions."""
+        return len({frozenset(cell.results) for cell in self.of(panel) if cell.place == place}) <= 1
 
     def tests(self, panel: str) -> list[str]:
         """The tests of a panel, in order."""
@@ -300,29 +299,18 @@ def _cell(
 
 
 def _over_the_same(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells at each place of a panel over the repetitions that none of them lacks.
+    """The cells at each place of a panel over the repetitions that all of them have, planned for all or not.
 
-    Where that would leave nothing of one, they stay as they are and are not `comparable`.
+    Where they have none in common, they stay as they are and are not `comparable`.
     """
-    groups: dict[tuple[str, float | None], list[Cell]] = {}
+    groups: dict[tuple[str, float | None], set[Repetition]] = {}
     for cell in cells:
-        groups.setdefault((cell.panel, cell.place), []).append(cell)
-    kept: dict[int, Cell] = {}
-    for group in groups.values():
-        lacking = _lacking(group)
-        if all(cell.results.keys() - lacking for cell in group):
-            kept.update({id(cell): _without(cell, lacking) for cell in group})
-    return [kept.get(id(cell), cell) for cell in cells]
+        groups.setdefault((cell.panel, cell.place), set(cell.results)).intersection_update(cell.results)
+    return [_only(cell, common) if (common := groups[cell.panel, cell.place]) else cell for cell in cells]
 
 
-def _lacking(cells: Iterable[Cell]) -> set[Repetition]:
-    """The repetitions that some cell still lacks of those that are planned for it."""
-    return {each for cell in cells for each in cell.planned - cell.results.keys()}
-
-
-def _without(cell: Cell, repetitions: set[Repetition]) -> Cell:
-    results = {each: result for each, result in cell.results.items() if each not in repetitions}
-    return replace(cell, results=results)
+def _only(cell: Cell, repetitions: Collection[Repetition]) -> Cell:
+    return replace(cell, results={each: result for each, result in cell.results.items() if each in repetitions})
 
 
 def recorded(results: Results) -> dict[str, list[Any]]:
