@@ -16,7 +16,7 @@ import pytest
 from tests.studying import tiny_study, write_study
 
 from foreword.errors import RunError
-from foreword.experiments.comparisons import difference, holm
+from foreword.experiments.comparisons import corrected, difference, holm
 from foreword.experiments.expectations import expectations
 from foreword.experiments.perform import check
 from foreword.experiments.plan import Study, list_studies, load_study
@@ -340,7 +340,7 @@ def test_a_verdict_is_by_corrected_p_values(tmp_path: Path) -> None:
     assert alone.verdict == "agrees"
     others = [job for at in range(60, 100, 10) for job in pair(tmp_path, "full", "prefix", None, axis="rows", at=at)]
     (many,) = expectations(gather([*jobs, *others]))
-    assert many.verdict == "within noise" and "+17.5 [+7.5, +30.0], p = 0.117" in many.measured[1]
+    assert many.verdict == "within noise" and "+17.5 [+7.5, +30.0], p = 0.082" in many.measured[1]
     assert many.measured[0] == "on average exact_match +3.5"
 
 
@@ -749,6 +749,18 @@ def test_damaged_texts_are_an_error(jobs: list[Job]) -> None:
     Path(jobs[0].folder, "texts.jsonl").write_text("{")
     with pytest.raises(RunError, match="texts of a run"):
         difference(first, second, "test", "exact_match")
+
+
+def test_the_least_p_value_is_a_bound(tmp_path: Path) -> None:
+    """Every row tells prefixes and the others apart, so that no toss of ten thousand does as well."""
+    jobs = [finished(tmp_path, label, quality, axis="") for label, quality in (("prefix", 1.0), ("full", 0.0))]
+    first, second = gather(jobs).cells
+    found = difference(first, second, "test", "exact_match")
+    assert found is not None and found.p_value == pytest.approx(1 / 10_001) and found.p == "< 0.001"
+    many = corrected([found] * 28)
+    assert {each.p for each in many} == {"< 0.003"} and many[0].p_value == pytest.approx(28 / 10_001)
+    told = corrected([found._replace(found=found.found._replace(p_value=p)) for p in (0.0004, 0.02, 1.0)])
+    assert [each.p for each in told] == ["0.001", "0.040", "1.000"]
 
 
 def test_holm_by_hand() -> None:

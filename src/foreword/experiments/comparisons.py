@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,16 +12,17 @@ from foreword.experiments.results import Cell
 from foreword.metrics import Metric, get_metric, number_format
 from foreword.metrics.bootstrap import PairedDifference, paired_difference
 
-__all__ = ["Difference", "by_row", "difference", "holm", "known_metric", "p_text", "rises"]
+__all__ = ["Difference", "by_row", "corrected", "difference", "holm", "known_metric", "p_text", "rises"]
 
-_SAMPLES = 2000
+_SAMPLES = 10_000
+_LEAST = 1 / (1 + _SAMPLES)  # no p-value of so many draws is lower
 
 
 class Difference(NamedTuple):
     """How much higher one cell scores than another, on the same rows, samples and seeds.
 
     `rows` is how many test rows that is over, `others` how many more were tested for one of the cells or some of its
-    repetitions only.
+    repetitions only. `p_value` is that of `found` until it is corrected for `compared` differences.
     """
 
     first: Cell
@@ -31,6 +33,8 @@ class Difference(NamedTuple):
     runs: int
     rows: int
     others: int
+    p_value: float
+    compared: int = 1
 
     @property
     def shown(self) -> str:
@@ -43,14 +47,22 @@ class Difference(NamedTuple):
         form = number_format(self.metric)
         return f"[{self.found.low:+{form}}, {self.found.high:+{form}}]"
 
+    @property
+    def p(self) -> str:
+        """The p-value in words."""
+        return p_text(self.p_value, self.compared)
 
-def p_text(p_value: float) -> str:
-    """A p-value as it is read.
 
-    >>> p_text(0.0004), p_text(0.0125)
-    ('< 0.001', '0.013')
+def p_text(p_value: float, compared: int = 1) -> str:
+    """A p-value that is corrected for so many differences as it is read; the least that can be drawn is a bound.
+
+    >>> p_text(0.0004), p_text(0.0125), p_text(28 / 10_001, 28), p_text(28 / 10_001)
+    ('< 0.001', '0.013', '< 0.003', '0.003')
     """
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    least = min(1.0, compared * _LEAST)
+    if p_value < 0.001 or p_value <= least * (1 + 1e-9) < 1.0:  # products of Holm's correction round otherwise
+        return f"< {max(0.001, math.ceil(1000 * least) / 1000):.3f}"
+    return f"{p_value:.3f}"
 
 
 def known_metric(name: str) -> Metric | None:
@@ -90,7 +102,7 @@ def difference(first: Cell, second: Cell, test: str, metric: str) -> Difference 
             side.append(numbers)
     found = paired_difference(scorer, *sides, samples=_SAMPLES)
     others = len({row for each in tested for row in each}) - len(kept)
-    return Difference(first, second, test, metric, found, len(common), len(kept), others)
+    return Difference(first, second, test, metric, found, len(common), len(kept), others, found.p_value)
 
 
 def by_row(texts: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
@@ -114,3 +126,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
         corrected[place] = least
     return corrected
+
+
+def corrected(found: Sequence[Difference]) -> list[Difference]:
+    """Differences with p-values that count how many they are."""
+    p_values = holm([each.found.p_value for each in found])
+    return [each._replace(p_value=p, compared=len(found)) for each, p in zip(found, p_values, strict=True)]

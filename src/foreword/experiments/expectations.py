@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from foreword.experiments.comparisons import Difference, difference, holm, p_text
+from foreword.experiments.comparisons import Difference, corrected, difference
 from foreword.experiments.results import REPEATED, Cell, Results
 from foreword.metrics import number_format
 
@@ -176,30 +176,29 @@ def _said(statement: str, source: str, published: str, found: list[Difference]) 
     """The verdict over all differences, in each of which the second cell should be the better one."""
     if not found:
         return None
-    corrected = holm([each.found.p_value for each in found])
-    signs = {each.found.better if p < _LEVEL else None for each, p in zip(found, corrected, strict=True)}
+    found = corrected(found)
+    signs = {each.found.better if each.p_value < _LEVEL else None for each in found}
     if signs == {True} or signs == {True, None}:
         verdict = "agrees" if signs == {True} else "agrees where it is beyond noise"
     elif signs == {False} or signs == {False, None}:
         verdict = "disagrees" if signs == {False} else "disagrees where it is beyond noise"
     else:
         verdict = "within noise" if signs == {None} else "mixed"
-    lines = [_line(each, p) for each, p in zip(found, corrected, strict=True)]
+    lines = [_line(each) for each in found]
     if len(found) > 1 and len({each.metric for each in found}) == 1:
         mean = sum(each.found.difference for each in found) / len(found)
         lines.insert(0, f"on average {found[0].metric} {mean:+{number_format(found[0].metric)}}")
     return Expectation(statement, source, published, verdict, lines)
 
 
-def _line(each: Difference, p_value: float) -> str:
+def _line(each: Difference) -> str:
     """A difference in words, with its interval over rows and its corrected p-value."""
     place = "" if each.second.place is None else f" at {each.second.place:g}"
     what = f"{each.second.label}{place} against {each.first.label}"
     if each.first.place != each.second.place and each.first.place is not None:
         what += f" at {each.first.place:g}"
     where = " ".join(part for part in (each.second.panel, each.test if each.test != "test" else "") if part)
-    p = p_text(p_value)
     return (
         f"{what}{f' ({where})' if where else ''}: {each.metric} {each.shown} {each.interval}, "
-        f"p {p if p.startswith('<') else f'= {p}'}, {each.runs} {'run' if each.runs == 1 else 'runs'}"
+        f"p {each.p if each.p.startswith('<') else f'= {each.p}'}, {each.runs} {'run' if each.runs == 1 else 'runs'}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from foreword.charts import Point, Series, View, chart, dots, side_by_side
-from foreword.experiments.comparisons import Difference, p_text, rises
+from foreword.experiments.comparisons import Difference, rises
 from foreword.experiments.parts import Figure
 from foreword.experiments.results import Cell, Results, Spread
 
@@ -107,16 +107,16 @@ def seen_and_unseen(results: Results, panel: str) -> Iterator[Figure]:
                 yield Figure(figure, _bars(cells))
 
 
-def differences(found: Sequence[Difference], corrected: Sequence[float], results: Results) -> Iterator[Figure]:
-    """Differences to the reference, with their intervals around 0."""
+def differences(found: Sequence[Difference], results: Results) -> Iterator[Figure]:
+    """Differences to the reference, with their intervals around 0 and p-values that are corrected."""
     if not found:
         return
     named = {}
-    for each, p in zip(found, corrected, strict=True):
+    for each in found:
         gap, at = each.found, results.at(each.second.place)
-        said = f"{each.shown} {each.interval}, p {p_text(p)}"
+        said = f"{each.shown} {each.interval}, p {each.p}"
         name = ", ".join(filter(None, (each.second.title, at)))
-        named[name] = Point(0.0, gap.difference, gap.low, gap.high, said, hollow=p >= _LEVEL)
+        named[name] = Point(0.0, gap.difference, gap.low, gap.high, said, hollow=each.p_value >= _LEVEL)
     title = f"{found[0].metric}: difference to {found[0].first.title}"
     better = "right" if rises(found[0].metric) else "left"
     note = f"Further {better} is better than {found[0].first.title}. Filled marks: p (Holm) below {_LEVEL:g}."

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from foreword.experiments.comparisons import Difference, by_row, difference, holm, p_text, rises
+from foreword.experiments.comparisons import Difference, by_row, corrected, difference, rises
 from foreword.experiments.expectations import expectations
 from foreword.experiments.parts import Amount, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
 from foreword.experiments.pictures import costs, differences, over_parameters, scores, seen_and_unseen, trade
@@ -199,7 +199,7 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
         found += [each for each in pairs if each is not None]
     if not found:
         return
-    corrected = holm([each.found.p_value for each in found])
+    found = corrected(found)
     yield Text(
         f"{metric} against {found[0].first.title} on the same rows, samples and seeds: the paired "
         "bootstrap interval over rows (95 %), and p by approximate randomization, corrected by Holm for the "
@@ -212,13 +212,13 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
             f"that two methods and their runs have in common, {others} others are left out. They are not those of the "
             "scores above."
         )
-    yield from differences(found, corrected, results)
+    yield from differences(found, results)
     rows: list[list[Value]] = []
-    for each, p in zip(found, corrected, strict=True):
+    for each in found:
         shown = Shown(each.shown, each.found.difference)
         runs = Shown(str(each.runs), each.runs)
         where = _where(results, each.second.place)
-        rows.append([each.second.title, *where, runs, shown, each.interval, Shown(p_text(p), p)])
+        rows.append([each.second.title, *where, runs, shown, each.interval, Shown(each.p, each.p_value)])
     yield Table(["method", *filter(None, [results.place]), "runs", "difference", "interval", "p (Holm)"], rows)
 
 
