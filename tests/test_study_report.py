@@ -570,8 +570,16 @@ def test_published_figures_stand_beside_those_of_the_same_method_and_metric(tmp_
     assert rows == {
         "Full fine-tuning": "68.2 (68.8)", "Prefix-Tuning": "69.7 (70.3)", "Adapter": "66.3", "LoRA": "",
     }  # fmt: skip
-    gaps = {row["method"]: (row["here"], row["published"]) for row in table(markdown, "test", "here", "published")}
-    assert gaps == {"Full fine-tuning": ("-2.5", "-1.5"), "Adapter": ("-1.5", "-3.4")}
+    full, prefix, adapter, _ = gather(jobs).cells
+    gaps = {row["method"]: row for row in table(markdown, "test", "here", "p (Holm)", "published")}
+    assert {method: row["published"] for method, row in gaps.items()} == {"Full fine-tuning": "-1.5", "Adapter": "-3.4"}
+    tested = table(markdown, "method", "runs", "difference", "interval", "p (Holm)")
+    for cell in (full, adapter):
+        (above,) = (row for row in tested if row["method"] == cell.title)
+        found = difference(prefix, cell, "test", "bleu")
+        assert found and above["difference"] == found.shown
+        assert gaps[cell.title]["here"] == f"{above['difference']} {above['interval']}"
+        assert gaps[cell.title]["p (Holm)"] == above["p (Holm)"]
     other = [finished(tmp_path / "o", "full", 0.5, axis="", task="e2e"), *jobs[3:]]
     assert "(gpt2-medium)" not in report(tmp_path, other)[1], "another metric, and a method that is not in the paper"
 
@@ -647,6 +655,30 @@ def test_the_usual_prefix_is_the_one_that_others_are_compared_with(tmp_path: Pat
     jobs = [finished(tmp_path, "prefix", 0.5, axis="length", at=length) for length in (1, 10)]
     jobs.append(finished(tmp_path, "lora", 0.5, axis="rank", at=8))
     assert "exact_match against Prefix-Tuning length 10 on the same" in report(tmp_path, jobs)[1]
+
+
+def test_every_metric_of_a_table_is_tested(jobs: list[Job], tmp_path: Path) -> None:
+    for job in jobs:
+        scores = json.loads(Path(job.folder, "result.json").read_text())["scores"]["test"]
+        edit(job, scores={"test": {**scores, "bleu": scores["exact_match"], "bertscore:none": {"value": 1.0}}})
+    html, markdown = report(tmp_path, jobs)
+    for metric in ("exact_match", "bleu"):
+        picture(html, f"{metric}: difference to Prefix-Tuning")
+        assert f"{metric} against Prefix-Tuning on the same rows, samples and seeds" in markdown
+    assert markdown.count("corrected by Holm for the 4 differences of this table") == 2
+    assert markdown.count("Neither knows how samples of training rows differ") == 1
+
+
+@pytest.mark.parametrize(("lengths", "to"), [((1, 10, 40), "10"), ((5, 20, 40), "5")])
+def test_places_of_one_method_are_compared_with_one_of_them(tmp_path: Path, lengths: tuple[int, ...], to: str) -> None:
+    jobs = [finished(tmp_path, "prefix", 0.1 + length / 50, axis="length", at=length) for length in lengths]
+    html, markdown = report(tmp_path, jobs)
+    picture(html, f"exact_match: difference to Prefix-Tuning, length {to}")
+    rows = table(markdown, "method", "length", "difference")
+    assert [row["length"] for row in rows] == [f"length {each}" for each in lengths if str(each) != to]
+    longest = gather(jobs).cells[-1].score("test", "exact_match").mean
+    reference = next(cell for cell in gather(jobs).cells if cell.place == float(to)).score("test", "exact_match").mean
+    assert rows[-1]["difference"] == f"{longest - reference:+.1f}"
 
 
 def test_one_price_is_no_picture_of_prices(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from foreword.experiments.comparisons import Difference, rises
 from foreword.experiments.parts import Figure
 from foreword.experiments.results import Cell, Results, Spread
 
-__all__ = ["costs", "differences", "over_parameters", "scores", "seen_and_unseen", "trade"]
+__all__ = ["compared_with", "costs", "differences", "over_parameters", "scores", "seen_and_unseen", "trade"]
 
 _HOLLOW = "Hollow marks: not over all planned runs."
 _DATA = ("rows", "rows_per_label", "fraction")  # places that are amounts of data, not sizes of what is trained
@@ -107,6 +107,13 @@ def seen_and_unseen(results: Results, panel: str) -> Iterator[Figure]:
                 yield Figure(figure, _bars(cells))
 
 
+def compared_with(found: Sequence[Difference], results: Results) -> str:
+    """What differences are to, in words; with its place where that is the same for all of them."""
+    first = found[0].first
+    at = results.at(first.place) if any(each.second.place != each.first.place for each in found) else ""
+    return ", ".join(filter(None, (first.title, at)))
+
+
 def differences(found: Sequence[Difference], results: Results) -> Iterator[Figure]:
     """Differences to the reference, with their intervals around 0 and p-values that are corrected."""
     if not found:
@@ -117,9 +124,10 @@ def differences(found: Sequence[Difference], results: Results) -> Iterator[Figur
         said = f"{each.shown} {each.interval}, p {each.p}"
         name = ", ".join(filter(None, (each.second.title, at)))
         named[name] = Point(0.0, gap.difference, gap.low, gap.high, said, hollow=each.p_value >= _LEVEL)
-    title = f"{found[0].metric}: difference to {found[0].first.title}"
+    reference = compared_with(found, results)
+    title = f"{found[0].metric}: difference to {reference}"
     better = "right" if rises(found[0].metric) else "left"
-    note = f"Further {better} is better than {found[0].first.title}. Filled marks: p (Holm) below {_LEVEL:g}."
+    note = f"Further {better} is better than {reference}. Filled marks: p (Holm) below {_LEVEL:g}."
     yield Figure(dots(title, named, x_label="difference", reference=0.0), note)
 
 

@@ -15,12 +15,21 @@ from pathlib import Path
 from foreword.experiments.comparisons import Difference, by_row, corrected, difference, rises
 from foreword.experiments.expectations import expectations
 from foreword.experiments.parts import Amount, Heading, Lines, Part, Shown, Table, Text, Value, html, markdown
-from foreword.experiments.pictures import costs, differences, over_parameters, scores, seen_and_unseen, trade
+from foreword.experiments.pictures import (
+    compared_with,
+    costs,
+    differences,
+    over_parameters,
+    scores,
+    seen_and_unseen,
+    trade,
+)
 from foreword.experiments.plan import Study
 from foreword.experiments.published import beside, published_for
 from foreword.experiments.records import read_record
 from foreword.experiments.results import Cell, Results, Spread, recorded
 from foreword.methods import METHODS
+from foreword.metrics import number_format
 from foreword.pages import save_page
 from foreword.storage import write_atomic
 
@@ -33,6 +42,11 @@ _PAPER = (
     "Published are the figures of Prefix-Tuning, arXiv:2101.00190v1, in brackets those of the version at ACL 2021 "
     "where they differ: with gpt2-medium, gpt2-large or bart-large, trained on all rows. Base model, rows and steps "
     "are not those of the runs here."
+)
+
+_INTERVALS = (
+    "Intervals are those of the paired bootstrap over rows (95 %), p is by approximate randomization. Neither knows "
+    "how samples of training rows differ, and metrics of the same texts are not corrected for each other."
 )
 
 
@@ -60,11 +74,16 @@ def _parts(study: Study, results: Results) -> Iterator[Part]:
     done = len(results.jobs) - len(results.missing)
     yield Text(study.description)
     yield Lines(_summary(results, done))
+    tested = {
+        (panel, test, metric): found
+        for panel in results.panels for test in results.tests(panel) for metric in results.metrics(panel, test)
+        if (found := _tested(results, panel, test, metric))
+    }  # fmt: skip
     for panel in results.panels:
-        yield from _panel(results, panel)
+        yield from _panel(results, panel, tested)
     yield from _tuned(results)
     yield from _expected(results)
-    yield from _compared(results)
+    yield from _compared(results, [each for found in tested.values() for each in found])
     yield from _published(results)
     yield from _examples(results)
     yield from _made(results)
@@ -99,7 +118,7 @@ def _ranked(cells: Sequence[Cell], test: str, metric: str) -> list[str]:
     return [f"{cell.title} {score.mean:{score.form}}" for cell, score in scores]
 
 
-def _panel(results: Results, panel: str) -> Iterator[Part]:
+def _panel(results: Results, panel: str, tested: Mapping[tuple[str, str, str], list[Difference]]) -> Iterator[Part]:
     for test in results.tests(panel):
         title = " ".join(filter(None, (panel, "" if test == "test" else test)))
         yield Heading(f"Scores{f', {title}' if title else ''}")
@@ -121,7 +140,11 @@ def _panel(results: Results, panel: str) -> Iterator[Part]:
                 "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes "
                 "that were tuned together share their time: each has the part that its tokens are of all."
             )
-        yield from _differences(results, panel, test, metrics[0])
+        found = [each for metric in metrics if (each := tested.get((panel, test, metric)))]
+        for each in found:
+            yield from _differences(results, each)
+        if found:
+            yield Text(_INTERVALS)
     yield from seen_and_unseen(results, panel)
     yield from _costs(results, panel)
 
@@ -187,23 +210,25 @@ def _amount(value: float | None, decimals: int = 0) -> Amount | str:
     return "" if value is None else Amount(value, decimals)
 
 
-def _differences(results: Results, panel: str, test: str, metric: str) -> Iterator[Part]:
-    """Each method against the reference, at each place, with p-values that count how many are compared."""
-    reference = _reference(results)
-    found: list[Difference] = []
-    for place in results.places(panel):
-        cells = [cell for cell in results.of(panel, place=place) if cell.score(test, metric)]
-        own = next((cell for cell in cells if cell.label == reference), None)
-        others = [cell for cell in cells if cell.label != reference]
-        pairs = [difference(own, each, test, metric) for each in others] if own else []
-        found += [each for each in pairs if each is not None]
-    if not found:
-        return
-    found = corrected(found)
+def _tested(results: Results, panel: str, test: str, metric: str) -> list[Difference]:
+    """Each method against the reference, at each place; where there is one method, its places against one of them."""
+    cells = [cell for place in results.places(panel) for cell in results.of(panel) if cell.place == place]
+    cells = [cell for cell in cells if cell.score(test, metric)]
+    reference = _reference(cells)
+    own = {cell.place: cell for cell in cells if cell.label == reference}
+    if len(own) == len(cells) and own:
+        usual = own.get(float(_LENGTH)) if results.place == "length" else None
+        own = dict.fromkeys(own, usual or cells[0])
+    pairs = [(own[cell.place], cell) for cell in cells if cell.place in own and cell is not own[cell.place]]
+    found = [difference(*pair, test, metric) for pair in pairs]
+    return corrected([each for each in found if each is not None])
+
+
+def _differences(results: Results, found: Sequence[Difference]) -> Iterator[Part]:
+    """Differences to one reference by one metric, with p-values that count how many they are."""
     yield Text(
-        f"{metric} against {found[0].first.title} on the same rows, samples and seeds: the paired "
-        "bootstrap interval over rows (95 %), and p by approximate randomization, corrected by Holm for the "
-        f"{len(found)} differences of this table. Neither knows how samples of training rows differ."
+        f"{found[0].metric} against {compared_with(found, results)} on the same rows, samples and seeds, with p-values "
+        f"corrected by Holm for the {len(found)} differences of this table."
     )
     others = _counts({each.others for each in found})
     if others != "0":
@@ -222,11 +247,11 @@ def _differences(results: Results, panel: str, test: str, metric: str) -> Iterat
     yield Table(["method", *filter(None, [results.place]), "runs", "difference", "interval", "p (Holm)"], rows)
 
 
-def _reference(results: Results) -> str:
+def _reference(cells: Sequence[Cell]) -> str:
     """The label that the others are compared with: a prefix, where there is one."""
-    own = [cell for cell in results.cells if cell.family == _REFERENCE]
+    own = [cell for cell in cells if cell.family == _REFERENCE]
     usual = [cell for cell in own if cell.label == _REFERENCE or cell.option("length") == _LENGTH]
-    return next((cell.label for cell in (*usual, *own)), results.labels[0])
+    return next((cell.label for cell in (*usual, *own, *cells)), "")
 
 
 def _costs(results: Results, panel: str) -> Iterator[Part]:
@@ -260,26 +285,22 @@ def _expected(results: Results) -> Iterator[Part]:
     )
 
 
-def _compared(results: Results) -> Iterator[Part]:
-    """Differences to the reference here and in the paper, where either has both; base models are not the same."""
-    reference = _reference(results)
+def _compared(results: Results, tested: Sequence[Difference]) -> Iterator[Part]:
+    """The tested differences beside those of the paper, where it has both; base models are not the same."""
+    told = [(each, published) for each in tested if (published := _published_gap(each)) is not None]
+    if not told:
+        return
+    yield Heading(f"Differences to {told[0][0].first.title}, here and in the paper")
+    yield Text("Base models differ; how much higher one method scores than another compares better than scores.")
     rows: list[list[Value]] = []
-    title = ""
-    for panel in results.panels:
-        for place in results.places(panel):
-            cells = results.of(panel, place=place)
-            own = next((cell for cell in cells if cell.label == reference), None)
-            for test in results.tests(panel) if own else []:
-                for metric in results.metrics(panel, test):
-                    rows += [
-                        [cell.title, *_where(results, place), cell.tested(test), metric, *gaps]
-                        for cell in cells if own and (gaps := _gaps(own, cell, test, metric))
-                    ]  # fmt: skip
-            title = own.title if own else title
-    if rows:
-        yield Heading(f"Differences to {title}, here and in the paper")
-        yield Text("Base models differ; how much higher one method scores than another compares better than scores.")
-        yield Table(["method", *filter(None, [results.place]), "test", "metric", "here", "published"], rows)
+    for each, published in told:
+        here = Shown(f"{each.shown} {each.interval}", each.found.difference)
+        there = Shown(f"{published:+{number_format(each.metric)}}", published)
+        test = each.second.tested(each.test)
+        rows.append([each.second.title, *_where(results, each.second.place), test, each.metric, here,
+                     Shown(each.p, each.p_value), there])  # fmt: skip
+    where = filter(None, [results.place])
+    yield Table(["method", *where, "test", "metric", "here", "p (Holm)", "published"], rows)
 
 
 def _where(results: Results, place: float | None) -> list[Value]:
@@ -287,16 +308,12 @@ def _where(results: Results, place: float | None) -> list[Value]:
     return [results.at(place)] if results.place else []
 
 
-def _gaps(own: Cell, cell: Cell, test: str, metric: str) -> list[Value]:
-    """How much higher a cell scores than that of the prefix, here and in the paper; empty where one of them is not."""
-    scores = own.score(test, metric), cell.score(test, metric)
-    figures = beside(own, test, metric), beside(cell, test, metric)
-    if cell is own or scores[0] is None or scores[1] is None or figures[0] is None or figures[1] is None:
-        return []
-    if figures[0] is figures[1]:  # one figure says nothing of how two forms of a method differ
-        return []
-    found = scores[1].mean - scores[0].mean, figures[1].scores[metric] - figures[0].scores[metric]
-    return [Shown(f"{gap:+{scores[0].form}}", gap) for gap in found]
+def _published_gap(each: Difference) -> float | None:
+    """How much higher the second cell scores in the paper; None unless it has two figures."""
+    first, second = beside(each.first, each.test, each.metric), beside(each.second, each.test, each.metric)
+    if first is None or second is None or first is second:  # one figure of two forms of a method is no difference
+        return None
+    return second.scores[each.metric] - first.scores[each.metric]
 
 
 def _published(results: Results) -> Iterator[Part]:
