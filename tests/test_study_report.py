@@ -83,6 +83,39 @@ def test_other_weights_under_one_name_are_refused(jobs: list[Job]) -> None:
         gather(jobs)
 
 
+def test_other_precisions_under_one_name_are_refused(jobs: list[Job]) -> None:
+    """What `auto` came to; precisions that a study lists are no mistake."""
+    auto = [replace(job, config={**job.config, "dtype": "auto"}) for job in jobs]
+    gather(auto)
+    edit(auto[3], dtype="bfloat16")
+    with pytest.raises(RunError, match="in bfloat16, runs before it in float32; expected one precision for .*'auto'"):
+        gather(auto)
+    listed = replace(auto[3], config={**auto[3].config, "dtype": "bfloat16"})
+    gather([*auto[:3], listed, *auto[4:]])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"machine": "n"}, "machine"),
+        ({"threads": 1}, "threads"),
+        ({"machine": "n", "threads": 1}, "machine and threads"),
+    ],
+)
+def test_times_of_unlike_runs_are_not_left_unsaid(
+    jobs: list[Job], tmp_path: Path, values: dict[str, Any], told: str
+) -> None:
+    for job in jobs:
+        path = Path(job.folder, "run.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "threads": 2}))
+    assert "The runs differ in" not in report(tmp_path, jobs)[1]
+    path = Path(jobs[0].folder, "run.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    assert f"The runs differ in {told}: their times tell more than how methods differ." in report(tmp_path, jobs)[1]
+    edit(jobs[1], device="cuda")
+    assert "device" in report(tmp_path, jobs)[1].partition("The runs differ in")[2].partition(":")[0]
+
+
 def test_what_was_tried_and_chosen_is_told(jobs: list[Job], tmp_path: Path) -> None:
     """With the same seed of a run in all candidates, and whether the last step was the best."""
     for number, job in enumerate(jobs):

@@ -27,7 +27,7 @@ from foreword.experiments.pictures import (
 from foreword.experiments.plan import Study
 from foreword.experiments.published import beside, published_for
 from foreword.experiments.records import read_record
-from foreword.experiments.results import Cell, Results, Spread, recorded
+from foreword.experiments.results import Cell, Results, Spread, recorded, unlike
 from foreword.methods import METHODS
 from foreword.metrics import number_format
 from foreword.pages import save_page
@@ -130,16 +130,7 @@ def _panel(results: Results, panel: str, tested: Mapping[tuple[str, str, str], l
                 told = f"{_repeated(cells, results.comparable(panel, place))}. {_rows(cells, test)}".strip()
                 yield Text(f"{results.at(place) or 'All rows'}. {told}")
                 yield _table(cells, test, metrics)
-        if any(beside(cell, test, each) and cell.score(test, each) for cell in results.of(panel) for each in metrics):
-            yield Text(
-                "In the column of another base model stands what Prefix-Tuning published for the method, trained on "
-                "all rows; more of it is under Published figures."
-            )
-        if any(cell.candidates > 1 for cell in results.of(panel)):
-            yield Text(
-                "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes "
-                "that were tuned together share their time: each has the part that its tokens are of all."
-            )
+        yield from _notes(results.of(panel), test, metrics)
         found = [each for metric in metrics if (each := tested.get((panel, test, metric)))]
         for each in found:
             yield from _differences(results, each)
@@ -147,6 +138,22 @@ def _panel(results: Results, panel: str, tested: Mapping[tuple[str, str, str], l
             yield Text(_INTERVALS)
     yield from seen_and_unseen(results, panel)
     yield from _costs(results, panel)
+
+
+def _notes(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Iterator[Part]:
+    """What columns of the tables of a test mean, where these have them."""
+    if any(beside(cell, test, each) and cell.score(test, each) for cell in cells for each in metrics):
+        yield Text(
+            "In the column of another base model stands what Prefix-Tuning published for the method, trained on "
+            "all rows; more of it is under Published figures."
+        )
+    if any(cell.candidates > 1 for cell in cells):
+        yield Text(
+            "training s is the time of the candidate that was chosen, tuning s that of all candidates. Prefixes "
+            "that were tuned together share their time: each has the part that its tokens are of all."
+        )
+    if differing := unlike(cells):
+        yield Text(f"The runs differ in {' and '.join(differing)}: their times tell more than how methods differ.")
 
 
 def _rows(cells: Sequence[Cell], test: str) -> str:

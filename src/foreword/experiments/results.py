@@ -19,7 +19,7 @@ from foreword.experiments.records import Job, read_record, read_result
 from foreword.methods import METHODS
 from foreword.metrics import number_format
 
-__all__ = ["REPEATED", "Cell", "Results", "Spread", "gather", "recorded"]
+__all__ = ["REPEATED", "Cell", "Results", "Spread", "gather", "recorded", "unlike"]
 
 Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
@@ -207,7 +207,10 @@ class Results:
 
 
 def gather(jobs: Iterable[Job]) -> Results:
-    """The results of jobs as cells. Raises `RunError` for a damaged file, and for other weights under the same name."""
+    """The results of jobs as cells.
+
+    Raises `RunError` for a damaged file, and for other weights or precisions of a base model under one name.
+    """
     jobs = tuple(jobs)
     axes = {job.name: [part.partition("=")[0] for part in job.name.split(",")[1:]] for job in jobs}
     differing = dict.fromkeys(key for keys in axes.values() for key in keys if key not in REPEATED)
@@ -239,16 +242,26 @@ def _is_of_panel(key: str) -> bool:
 
 
 def _check_weights(jobs: Iterable[Job], found: Mapping[str, dict[str, Any]]) -> None:
-    """A base model may have changed where it comes from: what it was then and now is not one thing."""
-    known: dict[tuple[Any, Any], Any] = {}
+    """A base model may have changed where it comes from, and `auto` is not the same precision everywhere.
+
+    What it was then and now, or here and there, is not one thing.
+    """
+    known: dict[tuple[Any, ...], Any] = {}
     for job in jobs:
         result = found.get(job.name, {})
+        base, dtype = _value(job.config, "base"), result.get("dtype")
+        again = f"remove {job.folder} and run again, or choose another --out"
         weights = result.get("base_fingerprint")
-        base = job.config.get("base"), result.get("dtype")
-        if weights is not None and known.setdefault(base, weights) != weights:
+        if weights is not None and known.setdefault(("weights", base, dtype), weights) != weights:
             raise RunError(
-                f"{job.name} was made with other weights of {base[0]} than runs before it", "the same base model",
-                f"remove {job.folder} and run again, or choose another --out",
+                f"{job.name} was made with other weights of {base} than runs before it", "the same base model", again
+            )
+        wanted = _value(job.config, "dtype")
+        before = known.setdefault(("dtype", base, wanted), dtype) if dtype is not None else None
+        if before != dtype:
+            raise RunError(
+                f"{job.name} was made with {base} in {dtype}, runs before it in {before}",
+                f"one precision for dtype = {wanted!r}", again,
             )  # fmt: skip
 
 
@@ -311,6 +324,18 @@ def _over_the_same(cells: Sequence[Cell]) -> list[Cell]:
 
 def _only(cell: Cell, repetitions: Collection[Repetition]) -> Cell:
     return replace(cell, results={each: result for each, result in cell.results.items() if each in repetitions})
+
+
+def unlike(cells: Iterable[Cell]) -> list[str]:
+    """What the runs of cells do not have in common of what their times depend on: machine, device, threads."""
+    known: dict[str, set[Any]] = {"machine": set(), "device": set(), "threads": set()}
+    for cell in cells:
+        for repetition, result in cell.results.items():
+            record = read_record(cell.folders[repetition])
+            known["machine"].add(record.get("machine"))
+            known["device"].add(result.get("device"))
+            known["threads"].add(record.get("threads", result.get("threads")))
+    return [name for name, values in known.items() if len(values - {None}) > 1]
 
 
 def recorded(results: Results) -> dict[str, list[Any]]:
