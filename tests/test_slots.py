@@ -126,6 +126,24 @@ def test_triples_have_the_names_of_entities_as_values() -> None:
     assert wrong == pytest.approx(100 * 1 / 8)
 
 
+@pytest.mark.parametrize(
+    ("text", "invented"),
+    [
+        ("Aarhus Airport is in Tirstrup. Tirstrup is in Denmark.", []),
+        ("Aarhus Airport is in Tirstrup, Denmark, and Denmark is led by Bo.", [(SUBJECT, "Bo")]),
+    ],
+)
+def test_an_entity_may_be_named_again(text: str, invented: list[tuple[str, str]]) -> None:
+    source = "Aarhus_Airport : location : Tirstrup | Tirstrup : country : Denmark"
+    others = [source, "Tirstrup : country : Denmark", "Denmark : leader : Bo", "Bo : birthPlace : Denmark"]
+    domain: dict[str, list[str]] = {}
+    for other in others:
+        for field, values in read_source(other).items():
+            domain.setdefault(field, []).extend(values)
+    assert slot_verdict(text, read_source(source), domain) == ([], [], invented, 3)
+    assert slot_error_rate([text, "", "", ""], [source, *others[1:]]) == pytest.approx(100 * (len(invented) + 6) / 9)
+
+
 def test_a_value_with_a_colon_is_no_triple() -> None:
     source = "name : Aromi | opens : 9 : 30 | note : \n"
     assert field_values(source) == ["Aromi", "9 : 30"]

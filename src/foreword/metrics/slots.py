@@ -92,8 +92,9 @@ class SlotErrors(Metric):
     A source is a linearised prompt, "name : Aromi | eatType : pub", or one of triples, whose relations are the fields.
     A value is missing if the output does not state it, wrong if the output states another value of its field instead,
     invented if the output states a value of a field that the source does not have. The values that can be recognised
-    as wrong or invented are those of all rows' sources. Values said in words that are not in `SAID` count as missing:
-    on new data sets read some rows first.
+    as wrong or invented are those of all rows' sources, but for those that are said as one of the source is, whose
+    text may name it again. Values said in words that are not in `SAID` count as missing: on new data sets read some
+    rows first.
 
     >>> sources = ["name : Aromi | eatType : pub", "name : Zizzi | area : riverside | eatType : cafe"]
     >>> SlotErrors()(["Aromi is a cafe by the river.", "Zizzi is a cafe."], sources)  # wrong, invented, missing of 5
@@ -144,8 +145,9 @@ def slot_verdict(text: str, source: Slots, domain: Slots) -> SlotVerdict:
             stated.append((field, value))
             rest = _without(rest, match)
     unsaid = [pair for pair in _pairs(source) if pair not in stated]
+    own = {_pattern(*pair) for pair in _pairs(source)}  # the same words may be a value of several fields
     for field, value in sorted(_pairs(domain), key=lambda pair: -len(pair[1])):
-        match = None if value in source.get(field, ()) else _find(field, value, rest)
+        match = None if _pattern(field, value) in own else _find(field, value, rest)
         if match is None:
             continue
         instead = next((pair for pair in unsaid if pair[0] == field), None)
