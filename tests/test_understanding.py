@@ -354,9 +354,9 @@ def test_what_is_remembered_is_for_the_same_labels_and_the_same_columns(run: Any
     assert header["labels"] == ["no", "yes"] and header["reading"]["options"]["label_words"] == ["Bad", "Good"]
 
     def read(*options: str) -> list[str]:
-        status, _, err = run("evaluate", out, "--test", rows, *options)
+        status, _, err = run("evaluate", out, "--test", rows, "--out", tmp_path / "scored.json", *options)
         assert status == 0, err
-        return [each["prompt"] for each in json.loads((out / "evaluation.json").read_text())["outputs"]]
+        return [each["prompt"] for each in json.loads((tmp_path / "scored.json").read_text())["outputs"]]
 
     assert read()[0] == "good 0\nWell?\n", "what is shown of a row is what the decoder read"
     assert read("--text-column", "other")[0] == "bad 0\n", "a column that is named is read"
@@ -400,9 +400,9 @@ def test_references_that_a_file_lacks_are_not_asked_for(run: Any, tmp_path: Path
     status, _, err = run("train", "--base", base, "--train", rows, "--references", "also", *SMALL, "-o", out)
     assert status == 0, err
     for test, reference in ((rows, ["0."]), (plain, ["0!"])):
-        status, _, err = run("evaluate", out, "--test", test)
+        status, _, err = run("evaluate", out, "--test", test, "--out", tmp_path / "scored.json")
         assert status == 0, err
-        assert json.loads((out / "evaluation.json").read_text())["outputs"][0]["references"] == reference
+        assert json.loads((tmp_path / "scored.json").read_text())["outputs"][0]["references"] == reference
 
 
 def test_a_decoder_reads_no_rows_otherwise_than_in_training(
