@@ -109,15 +109,19 @@ def evaluate(
         raise RunError(f"the seeds in {prefix} read other rows", "one way of reading them", "evaluate each alone")
     if results[-1].skipped_rows:
         print_skipped([each._asdict() for each in chosen.split(split, limit=limit).skipped], split)
-    if len(prefixes) > 1:
-        spread = print_spread([name for name, _, _ in prefixes], results)
-    else:
-        spread = {}
-        print_side_by_side(results, show)
-        print_scores(results)
+    spread = _shown([name for name, _, _ in prefixes], results, show)
     for result, (_, path, _) in zip(results[len(untouched) :] or results, trained or untouched, strict=True):
         _save(result, path, split, differs, out)
     emit({"results": [result.to_dict(outputs=False) for result in results], **spread}, as_json)
+
+
+def _shown(names: list[str], results: list[Evaluation], rows: int) -> dict[str, Any]:
+    """Print the scores: of several seeds their spread, which is returned, else texts and scores side by side."""
+    if len(names) > 1:
+        return print_spread(names, results)
+    print_side_by_side(results, rows)
+    print_scores(results)
+    return {}
 
 
 def _check(prefix: Path | None, base: str | None, split: str, files: dict[str, Any], out: Path | None) -> None:
