@@ -126,8 +126,8 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     """
     import torch
 
+    from foreword.evaluate import check_metrics
     from foreword.methods import fit_each
-    from foreword.metrics import get_metric
     from foreword.runs import peak_memory_bytes
 
     protocol = _protocol(config)
@@ -140,8 +140,8 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     candidates = _candidates(config)
     added = _added(base, candidates, protocol["instruction"] or task.instruction)
     tests = [_test(base, name, each, protocol, added) for name, each in tasks.items() if name]
-    for name in dict.fromkeys(name for test in tests for name in test.metrics):
-        get_metric(name).ready()  # what would stop the scoring, such as a missing package, stops the run at once
+    for test in tests:  # what would stop the scoring, such as a missing package, stops the run at once
+        check_metrics(test.metrics, test.task)
     start = time.perf_counter()
     fits = fit_each(base, train, dev, candidates, task=task, instruction=protocol["instruction"], progress=progress)
     fitted, tried = _choose(candidates, fits)
