@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib import import_module
 
 from foreword.errors import ConfigError
-from foreword.metrics.bootstrap import PairedDifference, interval, paired_test, score_with_interval
+from foreword.metrics.bootstrap import PairedDifference, paired_test, score_with_interval
 from foreword.metrics.classes import Accuracy, EntityF1, MacroF1
 from foreword.metrics.coco import Cider, CocoRougeL, Meteor
 from foreword.metrics.metric import Metric, Targets
@@ -211,4 +211,4 @@ def bootstrap_interval(
     (100.0, 100.0)
     """
     chosen = get_metric(metric) if isinstance(metric, str) else metric
-    return interval(chosen, hypotheses, targets, samples, seed, confidence)
+    return score_with_interval(chosen, hypotheses, targets, samples, seed, confidence)[1:]

@@ -17,7 +17,7 @@ from foreword.errors import ConfigError, DataError
 from foreword.metrics.metric import Metric, Numbers, Targets
 
 __all__ = [
-    "PairedDifference", "interval", "mean_with_interval", "paired_difference", "paired_test", "score_with_interval",
+    "PairedDifference", "mean_with_interval", "paired_difference", "paired_test", "score_with_interval",
 ]  # fmt: skip
 
 _DRAWS_AT_ONCE = 4_000_000  # numbers in memory, 32 MB
@@ -38,21 +38,6 @@ class PairedDifference(NamedTuple):
     better: bool
 
 
-def interval(
-    metric: Metric,
-    hypotheses: Sequence[str],
-    targets: Targets,
-    samples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """The interval that holds `confidence` of the scores of corpora drawn, with replacement, from the rows.
-
-    It is widened to hold the score of the rows themselves where the resampled scores lie beside it.
-    """
-    return score_with_interval(metric, hypotheses, targets, samples, seed, confidence)[1:]
-
-
 def score_with_interval(
     metric: Metric,
     hypotheses: Sequence[str],
@@ -61,7 +46,10 @@ def score_with_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """The score of the rows and the ends of its `interval`; the texts are looked at once."""
+    """The score of the rows, and the ends that hold `confidence` of those of corpora drawn, with replacement, from them.
+
+    The interval is widened to hold the score of the rows themselves where the resampled scores lie beside it.
+    """
     _check(samples, confidence)
     statistics = metric.statistics(hypotheses, targets)
     point = metric.score(statistics.sum(axis=0))
