@@ -46,9 +46,9 @@ def score_with_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """The score of the rows, and the ends that hold `confidence` of those of corpora drawn, with replacement, from them.
+    """The score of the rows, and the ends that hold `confidence` of the scores of corpora drawn from them.
 
-    The interval is widened to hold the score of the rows themselves where the resampled scores lie beside it.
+    Drawn is with replacement; the ends are widened to hold the score itself where all resampled ones lie beside it.
     """
     _check(samples, confidence)
     statistics = metric.statistics(hypotheses, targets)
