@@ -23,12 +23,13 @@ from tests.toy import ToyTask
 from foreword.cli.evaluate import print_scores
 from foreword.compare import Difference
 from foreword.errors import ConfigError, DataError, MissingPackage
-from foreword.evaluate import Evaluation, Interval, check_metrics, evaluate
+from foreword.evaluate import Evaluation, Interval, evaluate
 from foreword.metrics import (
     METRIC_SETS,
     Bleu,
     bleu,
     bootstrap_interval,
+    check_metrics,
     chrf,
     coverage,
     exact_match,

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from foreword.base import BaseModel
 from foreword.data import Rows, ordered_batches
 from foreword.errors import ConfigError, DataError, PrefixError
 from foreword.frozen import frozen_training
-from foreword.metrics import get_metric, metric_names, score_with_interval
+from foreword.metrics import check_metrics, get_metric, score_with_interval
 from foreword.metrics.bootstrap import mean_with_interval
 from foreword.objectives import HeadOptions, Objective, Predicted, objective_of
 from foreword.prefix import Prefix
@@ -25,12 +25,9 @@ from foreword.storage import write_atomic
 from foreword.tasks import Example, Labelled, Split, Tagged, Task, get_task
 
 __all__ = [
-    "Evaluation", "Interval", "Output", "check_metrics", "evaluate", "evaluation_file", "objective_for", "predictions",
-    "score_outputs", "writing_options",
+    "Evaluation", "Interval", "Output", "evaluate", "evaluation_file", "objective_for", "predictions", "score_outputs",
+    "writing_options",
 ]  # fmt: skip
-
-# What is written or predicted for the rows of a kind of task, as metrics call it.
-_MADE = {"generation": "text", "classification": "label", "choice": "label", "tagging": "tag"}
 
 _LONGEST_NAME = 150  # of 255 that file systems allow, in letters of one byte
 
@@ -231,30 +228,6 @@ def evaluation_file(split: str = "test", differs: Sequence[str] = ()) -> str:
         digits = f"-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         plain = plain[: _LONGEST_NAME - len(digits)] + digits
     return f"evaluation-{plain}.json" if plain else EVALUATION
-
-
-def check_metrics(names: Iterable[str], task: Task, *, ready: bool = True) -> tuple[str, ...]:
-    """The metrics of those names and sets, if they score what is written or predicted for the task.
-
-    Raises `ConfigError` for one that does not or is unknown, and, with `ready`, what would stop scoring later:
-    `MissingPackage`, `ModelNotFound`.
-
-    >>> check_metrics(["summary"], get_task("trails"))
-    ('rouge_1', 'rouge_2', 'rouge_l')
-    >>> check_metrics(["macro_f1"], get_task("trails"))
-    Traceback (most recent call last):
-    foreword.errors.ConfigError: metric 'macro_f1' for task 'trails'; expected a metric of texts; choose another
-    """
-    chosen = metric_names(names)
-    for name in chosen:
-        if _MADE[task.kind] not in get_metric(name).suits:
-            raise ConfigError(
-                f"metric {name!r} for task {task.name!r}", f"a metric of {_MADE[task.kind]}s", "choose another"
-            )
-    if ready:
-        for name in chosen:
-            get_metric(name).ready()
-    return chosen
 
 
 def objective_for(base: BaseModel, prefix: Prefix | None, task: Task) -> Objective:

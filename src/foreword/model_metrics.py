@@ -1,7 +1,8 @@
-"""Metrics that read texts with a model: BERTScore and MoverScore.
+"""Metrics that read texts with a model: BERTScore, MoverScore and BLEURT.
 
 `get_metric("bertscore:MODEL")` and `get_metric("moverscore:MODEL")` take an encoder: `minilm`, a folder or a Hugging
-Face id. What they give depends on the model: only scores by one model compare.
+Face id; `get_metric("bleurt:MODEL")` takes a checkpoint that was trained to rate. What they give depends on the model:
+only scores by one model compare.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 import transformers
 
-from foreword.errors import ModelNotFound
+from foreword.errors import ConfigError, ModelNotFound
 from foreword.metrics.metric import Mean, Numbers, Targets
 from foreword.optional import optional
 from foreword.packaged import ensure_packaged, packaged_models
 
-__all__ = ["BertScore", "MoverScore", "movers_distance"]
+__all__ = ["BertScore", "Bleurt", "MoverScore", "movers_distance"]
 
 _TEXTS_AT_ONCE = 64
 
@@ -97,6 +98,30 @@ class MoverScore(Mean):
         return rows
 
 
+class Bleurt(Mean):
+    """BLEURT (Sellam et al. 2020, arXiv:2004.04696, section 3) by a checkpoint, best reference of each row, averaged.
+
+    The checkpoint is an encoder with a trained head of one output, as `Elron/bleurt-base-128` is, of Google's weights.
+    It reads reference and output as a pair, cut where it has no more positions. Scores may be below 0 and above 100.
+    Raises `ModelNotFound`, and `ConfigError` for a model that was not trained to rate.
+    """
+
+    maximum = None
+
+    def __init__(self, model: str, *, device: str | None = None) -> None:
+        self.name = f"bleurt:{model}"
+        self.description = f"BLEURT by {model}, best reference of each row, averaged"
+        self._model, self._device = model, device
+        self._rater: _Rater | None = None
+
+    def row_statistics(self, hypotheses: Sequence[str], targets: Targets) -> list[list[float]]:
+        if self._rater is None:
+            self._rater = _Rater(self._model, self._device)
+        pairs = [(reference, text) for text, texts in zip(hypotheses, targets, strict=True) for reference in texts]
+        ratings = iter(self._rater.rate(pairs))
+        return [[max(next(ratings) for _ in texts), 1.0] for texts in targets]
+
+
 def movers_distance(weights: Numbers, others: Numbers, distances: Numbers) -> float:
     """The cost of the cheapest way to move `weights` [n] to `others` [m]; `distances` [n, m]. Both sum to 1.
 
@@ -166,14 +191,45 @@ class _Encoder:
         return states[kept], weights / max(1e-30, weights.sum())
 
 
+class _Rater:
+    """A model that rates a text beside a reference."""
+
+    def __init__(self, model: str, device: str | None) -> None:
+        kind = transformers.AutoModelForSequenceClassification
+        self.tokenizer = _load(transformers.AutoTokenizer, model)
+        loaded, found = _load(kind, model, output_loading_info=True)
+        outputs = loaded.config.num_labels
+        if found["missing_keys"] or outputs != 1:  # a head that is missing was drawn at random just now
+            has = "without a trained head" if found["missing_keys"] else f"with {outputs} outputs"
+            raise ConfigError(
+                f"bleurt by {model!r}, a model {has}", "a checkpoint of BLEURT with its one output",
+                "name one, such as Elron/bleurt-base-128",
+            )  # fmt: skip
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = loaded.to(self.device).eval()
+        self.max_tokens = _max_tokens(self.tokenizer, loaded.config)
+
+    def rate(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The rating of every (reference, text)."""
+        ratings: list[float] = []
+        for start in range(0, len(pairs), _TEXTS_AT_ONCE):
+            references, texts = zip(*pairs[start : start + _TEXTS_AT_ONCE], strict=True)
+            read = self.tokenizer(
+                references, texts, truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"
+            )
+            with torch.inference_mode():
+                ratings += self.model(**read.to(self.device)).logits[:, 0].tolist()
+        return ratings
+
+
 def _max_tokens(tokenizer: Any, config: Any) -> int:
     """How many tokens of a text a model reads."""
     return min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", None) or 10**9)
 
 
-def _load(kind: Any, model: str) -> Any:
+def _load(kind: Any, model: str, **options: Any) -> Any:
     with _asked_for(model) as source:
-        return kind.from_pretrained(source)
+        return kind.from_pretrained(source, **options)
 
 
 @contextmanager

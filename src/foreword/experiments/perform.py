@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreword.errors import ConfigError, DataError, RunError
+from foreword.metrics import check_metrics
 from foreword.storage import file_sha256, write_atomic
 from foreword.tasks import AnyExample, Example, Labelled, Split, Tagged, Task, draw_rows, drawn, get_task
 
@@ -126,7 +127,6 @@ def perform(config: dict[str, Any], folder: Path, progress: Progress) -> dict[st
     """
     import torch
 
-    from foreword.evaluate import check_metrics
     from foreword.methods import fit_each
     from foreword.runs import peak_memory_bytes
 
@@ -346,8 +346,6 @@ def _score(
 
 
 def _metrics(protocol: Mapping[str, Any], task: Task) -> tuple[str, ...]:
-    from foreword.evaluate import check_metrics
-
     return check_metrics(protocol["metrics"].split() or task.metrics, task, ready=False)
 
 

@@ -8,9 +8,16 @@
 `fit_each` fits all its candidates.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from foreword.methods.config import METHODS, SEARCH_SIZE, TEMPLATES, Method, MethodConfig, misfit, search_space
-from foreword.methods.fitted import Fitted
-from foreword.methods.fitting import fit, fit_each
+
+if TYPE_CHECKING:
+    from foreword.methods.fitted import Fitted
+    from foreword.methods.fitting import fit, fit_each
 
 __all__ = [
     "METHODS",
@@ -24,3 +31,11 @@ __all__ = [
     "misfit",
     "search_space",
 ]
+
+_HOMES = {"Fitted": "fitted", "fit": "fitting", "fit_each": "fitting"}  # loaded when used: they need torch
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

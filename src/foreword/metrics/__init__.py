@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from foreword.errors import ConfigError
 from foreword.metrics.bootstrap import PairedDifference, paired_test, score_with_interval
@@ -21,6 +22,9 @@ from foreword.metrics.overlap import Coverage, ExactMatch, Rouge
 from foreword.metrics.slots import SlotErrors
 from foreword.metrics.sources import field_values
 
+if TYPE_CHECKING:
+    from foreword.tasks import Task
+
 __all__ = [
     "METRIC_SETS",
     "Bleu",
@@ -29,6 +33,7 @@ __all__ = [
     "accuracy",
     "bleu",
     "bootstrap_interval",
+    "check_metrics",
     "chrf",
     "coverage",
     "entity_f1",
@@ -86,6 +91,9 @@ _METRICS: dict[str, Metric] = {
     )
 }
 
+# What is written or predicted for the rows of a kind of task, as metrics call it.
+_MADE = {"generation": "text", "classification": "label", "choice": "label", "tagging": "tag"}
+
 # What the official scripts and the papers print for a task, under one name.
 METRIC_SETS: dict[str, tuple[str, ...]] = {
     "e2e": ("bleu", "nist", "meteor", "rouge_l_coco", "cider"),
@@ -109,6 +117,7 @@ def _by_model(name: str) -> Callable[[str], Metric]:
 _MODEL_METRICS: dict[str, Callable[[str], Metric]] = {
     "bertscore": _by_model("BertScore"),
     "moverscore": _by_model("MoverScore"),
+    "bleurt": _by_model("Bleurt"),
 }
 
 
@@ -125,7 +134,7 @@ def list_model_metrics() -> list[str]:
     """The names of metrics that need a model.
 
     >>> list_model_metrics()
-    ['bertscore:MODEL', 'moverscore:MODEL']
+    ['bertscore:MODEL', 'moverscore:MODEL', 'bleurt:MODEL']
     """
     return [f"{name}:MODEL" for name in _MODEL_METRICS]
 
@@ -148,12 +157,6 @@ def get_metric(name: str) -> Metric:
         if not model:
             raise ConfigError(f"metric {name!r} without a model", f"{kind}:MODEL", "name a folder or model id")
         return _with_model(kind, model)
-    if kind == "bleurt":
-        raise ConfigError(
-            f"metric {name!r}", "a metric that can be computed here",
-            "no package that is kept up reads BLEURT's checkpoints: score the texts of --out with "
-            "google-research/bleurt",
-        )  # fmt: skip
     known = ", ".join([*_METRICS, *list_model_metrics()])
     raise ConfigError(f"metric {name!r}", f"one of {known}", "name one of them")
 
@@ -177,6 +180,31 @@ def metric_names(names: Iterable[str]) -> tuple[str, ...]:
                 _known(name)
         found.update(dict.fromkeys(METRIC_SETS.get(name, (name,))))
     return tuple(found)
+
+
+def check_metrics(names: Iterable[str], task: Task, *, ready: bool = True) -> tuple[str, ...]:
+    """The metrics of those names and sets, if they score what is written or predicted for the task.
+
+    Raises `ConfigError` for one that does not or is unknown, and, with `ready`, what would stop scoring later:
+    `MissingPackage`, `ModelNotFound`.
+
+    >>> from foreword.tasks import get_task
+    >>> check_metrics(["summary"], get_task("trails"))
+    ('rouge_1', 'rouge_2', 'rouge_l')
+    >>> check_metrics(["macro_f1"], get_task("trails"))
+    Traceback (most recent call last):
+    foreword.errors.ConfigError: metric 'macro_f1' for task 'trails'; expected a metric of texts; choose another
+    """
+    chosen = metric_names(names)
+    for name in chosen:
+        if _MADE[task.kind] not in get_metric(name).suits:
+            raise ConfigError(
+                f"metric {name!r} for task {task.name!r}", f"a metric of {_MADE[task.kind]}s", "choose another"
+            )
+    if ready:
+        for name in chosen:
+            get_metric(name).ready()
+    return chosen
 
 
 def _known(name: str) -> None:
