@@ -90,11 +90,9 @@ def attempt(job: Job, progress: Progress | None = None) -> Outcome:
     `KeyboardInterrupt`.
     """
     folder = Path(job.folder)
-    with _held(folder / LOCK) as mine:
-        if not mine:
-            return Outcome("busy")
-        if (folder / RESULT).exists():
-            return Outcome("done")
+    with _open(folder) as state:
+        if state:
+            return Outcome(state)
         for name in (RECORD, RESULT):
             remove_leftovers(folder / name)
         record = _Record(job)
@@ -112,12 +110,9 @@ def attempt(job: Job, progress: Progress | None = None) -> Outcome:
 
 def bury(job: Job, error: str) -> Outcome:
     """Note that the process that made a run is dead; `busy` if one is at it nevertheless."""
-    folder = Path(job.folder)
-    with _held(folder / LOCK) as mine:
-        if not mine:
-            return Outcome("busy")
-        if (folder / RESULT).exists():
-            return Outcome("done")
+    with _open(Path(job.folder)) as state:
+        if state:
+            return Outcome(state)
         record = _Record(job)
         if record.values.get("status") != "running":  # it died before it began
             record.begin()
@@ -217,6 +212,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise RunError(f"{path} holds no object", "a file of a study", f"remove {path.parent}")
     return values
+
+
+@contextlib.contextmanager
+def _open(folder: Path) -> Iterator[str]:
+    """Inside, this process may make the run if the yielded state is ""; else the run is `done`, or `busy` elsewhere."""
+    with _held(folder / LOCK) as mine:
+        yield "busy" if not mine else "done" if (folder / RESULT).exists() else ""
 
 
 @contextlib.contextmanager
