@@ -138,10 +138,11 @@ def _forward(
         binding.hidden = gate_hidden
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = kwargs.get("softcap") if eager else None  # before 5.21 transformers leaves it out of SDPA
     call = binding.attachment.resolve(prefix_ids).call
     if isinstance(call, AttendingCall):
         site, hidden = binding.next()
-        options = AttentionOptions(scaling, kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux"))
+        options = AttentionOptions(scaling, kwargs.get("sliding_window"), softcap, kwargs.get("s_aux"))
         out = call.attend(site, query, key, value, functools.partial(_found, hidden, site), options)
         return out.transpose(1, 2).contiguous(), None
     slots = binding.slots(query, key, value, attention_mask, prefix_ids)
@@ -161,7 +162,7 @@ def _forward(
         mask=attention_mask,
         is_causal=bool(is_causal) and not eager,
         position_bias=kwargs.get("position_bias"),
-        softcap=kwargs.get("softcap"),
+        softcap=softcap,
         sinks=kwargs.get("s_aux"),
         dropout=kwargs.get("dropout") or 0.0,
     )

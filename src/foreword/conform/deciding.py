@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -183,22 +184,28 @@ def _recomputing(model: Any, reentrant: bool) -> Iterator[None]:
     """Inside, layers keep no activations; by the name that this transformers has for it."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": reentrant})
+    layers = [module for module in model.modules() if "_gradient_checkpointing_func" in module.__dict__]
+    functions = [layer.__dict__["_gradient_checkpointing_func"] for layer in layers]
     try:
+        for layer, function in zip(layers, functions, strict=True):
+            layer.__dict__["_gradient_checkpointing_func"] = functools.partial(_requiring, function)
         yield
     finally:
+        for layer, function in zip(layers, functions, strict=True):
+            layer.__dict__["_gradient_checkpointing_func"] = function
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+def _requiring(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+    """A checkpointed layer; reentrant checkpointing asks for one input with a gradient, and a frozen base has none."""
+    first = [each if each.requires_grad else each.detach().requires_grad_() for each in args[:1]]  # hidden states
+    return checkpoint(layer, *first, *args[1:])
 
 
 def _gradients(subject: Subject, sites: Sites, inputs: Inputs, weight: Tensor) -> dict[Any, dict[str, Tensor]]:
     """The gradient at every site, under the same dropout each time."""
-
-    def require(_: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        # Reentrant checkpointing asks for one input with a gradient; a frozen base has none.
-        args = tuple(a.detach().requires_grad_() if i == 0 and torch.is_tensor(a) else a for i, a in enumerate(args))
-        return args, kwargs
-
     devices = [subject.model.device] if subject.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), subject.first_layers(require):
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(1)
         _loss(subject, sites, inputs, weight)[0].backward()
     empty = torch.zeros(())
