@@ -432,9 +432,9 @@ def test_what_has_no_repetition_in_common_is_not_ranked(jobs: list[Job], tmp_pat
     for name in ("lora,rows=50,sample=0", "prefix,rows=50,sample=1"):
         Path(next(job for job in jobs if job.name == name).folder, "result.json").unlink()
     results = gather(jobs)
-    assert not results.comparable("", 50.0) and results.comparable("", 100.0)
+    assert [(group.place, group.comparable) for group in results.groups("")] == [("50 rows", False), ("100 rows", True)]
     _, markdown = report(tmp_path, jobs)
-    assert "50 rows: not ranked, for its methods have no samples and seeds in common" in markdown
+    assert "50 rows: not ranked, for what is compared has no samples and seeds in common" in markdown
     assert "100 rows: best exact_match" in markdown
     assert "different samples and seeds: not to be compared" in markdown
     rows = [row["method"] for row in table(markdown, "method", "runs", "parameters")]
@@ -459,7 +459,7 @@ def test_methods_that_plan_fewer_repetitions_are_compared_over_these(jobs: list[
     assert {cell.label: set(cell.results) for cell in results.of("", place=50.0)} == {
         label: {(0, 0)} for label in ("full", "prefix", "lora", "zero_shot")
     }
-    assert results.comparable("", 50.0) and {len(cell.results) for cell in results.of("", place=100.0)} == {2}
+    assert results.groups("")[0].comparable and {len(cell.results) for cell in results.of("", place=100.0)} == {2}
     _, markdown = report(tmp_path, [*jobs, replace(alone, name="zero_shot,rows=50")])
     assert "50 rows. One run each, the 1 of 2 that all methods here have" in markdown
     runs = {row["method"]: row["runs"] for row in table(markdown, "runs", "parameters")}
@@ -470,7 +470,7 @@ def test_methods_that_plan_other_repetitions_are_not_ranked(jobs: list[Job], tmp
     other = finished(tmp_path, "zero_shot", 0.1, sample=7)
     results = gather([*jobs, other])
     assert {len(cell.results) for cell in results.of("", "prefix")} == {2}, "they stay as they are"
-    assert not results.comparable("", 50.0) and results.comparable("", 100.0)
+    assert [(group.place, group.comparable) for group in results.groups("")] == [("50 rows", False), ("100 rows", True)]
     assert "50 rows: not ranked" in report(tmp_path, [*jobs, other])[1]
 
 
@@ -709,6 +709,12 @@ def test_places_of_one_method_are_compared_with_one_of_them(tmp_path: Path, leng
     picture(html, f"exact_match: difference to Prefix-Tuning, length {to}")
     rows = table(markdown, "method", "length", "difference")
     assert [row["length"] for row in rows] == [f"length {each}" for each in lengths if str(each) != to]
+    best = [f"length {each}" for each in sorted(lengths, reverse=True)]
+    found = re.search(r"\* test: best exact_match (.*)\.", markdown)
+    assert found and [each.rpartition(" ")[0] for each in found[1].split(", ")] == best
+    assert [row["length"] for row in table(markdown, "method", "length", "parameters")] == [
+        f"length {each}" for each in lengths
+    ]
     longest = gather(jobs).cells[-1].score("test", "exact_match").mean
     reference = next(cell for cell in gather(jobs).cells if cell.place == float(to)).score("test", "exact_match").mean
     assert rows[-1]["difference"] == f"{longest - reference:+.1f}"

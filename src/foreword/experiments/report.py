@@ -27,7 +27,7 @@ from foreword.experiments.pictures import (
 from foreword.experiments.plan import Study
 from foreword.experiments.published import beside, published_for
 from foreword.experiments.records import read_record
-from foreword.experiments.results import Cell, Results, Spread, recorded, unlike
+from foreword.experiments.results import Cell, Group, Results, Spread, recorded, unlike
 from foreword.methods import METHODS
 from foreword.metrics import number_format
 from foreword.pages import save_page
@@ -95,13 +95,13 @@ def _summary(results: Results, done: int) -> list[str]:
     for panel in results.panels:
         for test in results.tests(panel):
             metric = results.metrics(panel, test)[0]
-            for place in results.places(panel):
-                told = ", ".join(_ranked(results.of(panel, place=place), test, metric)[:3])
-                where = "; ".join(filter(None, (panel, "" if test == "test" else test, results.at(place)))) or test
-                if results.comparable(panel, place):
+            for group in results.groups(panel):
+                told = ", ".join(_ranked(group, test, metric)[:3])
+                where = "; ".join(filter(None, (panel, "" if test == "test" else test, group.place))) or test
+                if group.comparable:
                     lines.append(f"{where}: best {metric} {told}.")
                 else:
-                    lines.append(f"{where}: not ranked, for its methods have no samples and seeds in common.")
+                    lines.append(f"{where}: not ranked, for what is compared has no samples and seeds in common.")
     counts = sorted({cell.candidates for cell in results.cells} - {0})
     if not counts:
         return lines
@@ -111,11 +111,13 @@ def _summary(results: Results, done: int) -> list[str]:
     return [*lines, f"Methods were tuned over {told} candidates, by the loss on dev rows."]
 
 
-def _ranked(cells: Sequence[Cell], test: str, metric: str) -> list[str]:
-    """Methods with their mean scores, the best first."""
-    scores = [(cell, score) for cell in cells if (score := cell.score(test, metric)) is not None]
+def _ranked(group: Group, test: str, metric: str) -> list[str]:
+    """Methods, or the places of the only one, with their mean scores, the best first."""
+    names = group.places or [cell.title for cell in group.cells]
+    pairs = zip(names, group.cells, strict=True)
+    scores = [(name, score) for name, cell in pairs if (score := cell.score(test, metric)) is not None]
     scores.sort(key=lambda each: each[1].mean, reverse=rises(metric))
-    return [f"{cell.title} {score.mean:{score.form}}" for cell, score in scores]
+    return [f"{name} {score.mean:{score.form}}" for name, score in scores]
 
 
 def _panel(results: Results, panel: str, tested: Mapping[tuple[str, str, str], list[Difference]]) -> Iterator[Part]:
@@ -124,12 +126,12 @@ def _panel(results: Results, panel: str, tested: Mapping[tuple[str, str, str], l
         yield Heading(f"Scores{f', {title}' if title else ''}")
         metrics = results.metrics(panel, test)
         yield from scores(results, panel, test, metrics[0])
-        for place in results.places(panel):
-            cells = [cell for cell in results.of(panel, place=place) if any(cell.score(test, each) for each in metrics)]
+        for group in results.groups(panel):
+            cells = [cell for cell in group.cells if any(cell.score(test, each) for each in metrics)]
             if cells:
-                told = f"{_repeated(cells, results.comparable(panel, place))}. {_rows(cells, test)}".strip()
-                yield Text(f"{results.at(place) or 'All rows'}. {told}")
-                yield _table(cells, test, metrics)
+                told = f"{_repeated(cells, group.comparable)}. {_rows(cells, test)}".strip()
+                yield Text(f"{group.place}. {told}" if group.place else told)
+                yield _table(results, cells, test, metrics, of_places=bool(group.places))
         yield from _notes(results.of(panel), test, metrics)
         found = [each for metric in metrics if (each := tested.get((panel, test, metric)))]
         for each in found:
@@ -172,9 +174,11 @@ def _counts(numbers: Collection[int]) -> str:
     return " to ".join(map(str, dict.fromkeys((min(numbers), max(numbers))))) if numbers else ""
 
 
-def _table(cells: Sequence[Cell], test: str, metrics: Sequence[str]) -> Table:
-    """The cells of a place, with their scores, what was published beside them, sizes and times."""
+def _table(results: Results, cells: Sequence[Cell], test: str, metrics: Sequence[str], of_places: bool) -> Table:
+    """Cells with their scores, what was published beside them, sizes and times."""
     columns: dict[str, Callable[[Cell], Value]] = {"method": lambda cell: cell.title}
+    if of_places:
+        columns[results.place] = lambda cell: results.at(cell.place)
     if not all(cell.whole and len(cell.results) == len(cells[0].results) for cell in cells):  # else it is said above
         columns["runs"] = _runs
     for metric in metrics:

@@ -19,7 +19,7 @@ from foreword.experiments.records import Job, read_record, read_result
 from foreword.methods import METHODS
 from foreword.metrics import number_format
 
-__all__ = ["REPEATED", "Cell", "Results", "Spread", "gather", "recorded", "unlike"]
+__all__ = ["REPEATED", "Cell", "Group", "Results", "Spread", "gather", "recorded", "unlike"]
 
 Repetition: TypeAlias = tuple[Value, Value]  # sample and seed
 
@@ -27,7 +27,9 @@ _PARTS = ("task_transfer", "task_categories")  # options that make another task 
 _TIME = "%Y-%m-%dT%H:%M:%S%z"  # as records have it
 REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
 _OWN = ("method", "instruction", "tuning", "dev_limit")  # keys of the protocol that make another variant of a method
-_PLACES = ("rows", "fraction", "rows_per_label", "length", "share", "rank")  # what a study is over, the first of these
+# What a study is over: the first of these that differs.
+_PLACES = ("rows", "fraction", "rows_per_label", "length", "share", "rank", "max_steps")
+_COUNTED = {"rows": "rows", "max_steps": "steps"}
 
 
 class Spread(NamedTuple):
@@ -149,6 +151,19 @@ class Cell:
             ) from None
 
 
+class Group(NamedTuple):
+    """Cells that share a table: those at one place, which `place` names; or those of one method, at `places`."""
+
+    place: str
+    cells: list[Cell]
+    places: list[str]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the cells are over the same repetitions."""
+        return len({frozenset(cell.results) for cell in self.cells}) <= 1
+
+
 @dataclass(frozen=True)
 class Results:
     """The cells of a study, and the jobs without a result; `place` names what cells are drawn over, "" for nothing.
@@ -189,11 +204,15 @@ class Results:
             return ""
         if self.place == "fraction":
             return f"{100 * place:g} % of the rows"
-        return f"{place:g} rows" if self.place == "rows" else f"{self.place} {place:g}"
+        return f"{place:g} {_COUNTED[self.place]}" if self.place in _COUNTED else f"{self.place} {place:g}"
 
-    def comparable(self, panel: str, place: float | None) -> bool:
-        """Whether the cells at a place are over the same repetitions."""
-        return len({frozenset(cell.results) for cell in self.of(panel) if cell.place == place}) <= 1
+    def groups(self, panel: str) -> list[Group]:
+        """The cells of a panel as they share tables: by place or, where there is but one method, all of them."""
+        by_place = {place: [cell for cell in self.of(panel) if cell.place == place] for place in self.places(panel)}
+        cells = [cell for each in by_place.values() for cell in each]
+        if len(by_place) > 1 and len({cell.label for cell in cells}) == 1:
+            return [Group("", cells, [self.at(cell.place) for cell in cells])]
+        return [Group(self.at(place), each, []) for place, each in by_place.items()]
 
     def tests(self, panel: str) -> list[str]:
         """The tests of a panel, in order."""
