@@ -192,9 +192,11 @@ def test_errors_are_one_line(run, arguments: list[str], status: int, message: st
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["study", "status", "mine"], ["study", "show", "mine"]])
-def test_what_needs_no_model_is_instant_and_loads_no_torch(arguments: list[str], tmp_path: Path) -> None:
+def test_what_needs_no_model_loads_no_torch(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "experiments" / "mine").mkdir(parents=True)
-    (tmp_path / "experiments" / "mine" / "defaults.toml").write_text("task = 'trails'\nmethod = 'prefix'\ntuning = 2\n")
+    (tmp_path / "experiments" / "mine" / "defaults.toml").write_text(
+        "task = 'trails'\nmethod = 'prefix'\ntuning = 2\nmetrics = 'bleu bertscore:minilm'\n"
+    )
     code = f"import sys; sys.argv = {['foreword', *arguments]}\nfrom foreword.cli import main\n"
     code += "try: main()\nexcept SystemExit as end: assert not end.code\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

@@ -414,7 +414,7 @@ def test_methods_are_compared_over_the_repetitions_that_all_have(jobs: list[Job]
     assert {set(cell.results) == {(1, 0)} for cell in results.of("", place=50.0)} == {True}
     assert {len(cell.results) for cell in results.of("", place=100.0)} == {2}, "other places lose nothing"
     html, markdown = report(tmp_path, jobs)
-    assert "50 rows. One run each, the 1 of 2 that all methods here have" in markdown
+    assert "50 rows. One run each, the 1 of 2 that all here have" in markdown
     assert {row["runs"] for row in table(markdown, "runs", "parameters")} == {"1 of 2"}
     assert "100 rows. Mean and range over 2 runs" in markdown
     assert markdown.count("| method | runs | exact_match") == 1, "where all have as many, the line above says it"
@@ -432,7 +432,10 @@ def test_what_has_no_repetition_in_common_is_not_ranked(jobs: list[Job], tmp_pat
     for name in ("lora,rows=50,sample=0", "prefix,rows=50,sample=1"):
         Path(next(job for job in jobs if job.name == name).folder, "result.json").unlink()
     results = gather(jobs)
-    assert [(group.place, group.comparable) for group in results.groups("")] == [("50 rows", False), ("100 rows", True)]
+    assert [(group.place, group.comparable) for group in results.groups("", "test")] == [
+        ("50 rows", False),
+        ("100 rows", True),
+    ]
     _, markdown = report(tmp_path, jobs)
     assert "50 rows: not ranked, for what is compared has no samples and seeds in common" in markdown
     assert "100 rows: best exact_match" in markdown
@@ -459,9 +462,11 @@ def test_methods_that_plan_fewer_repetitions_are_compared_over_these(jobs: list[
     assert {cell.label: set(cell.results) for cell in results.of("", place=50.0)} == {
         label: {(0, 0)} for label in ("full", "prefix", "lora", "zero_shot")
     }
-    assert results.groups("")[0].comparable and {len(cell.results) for cell in results.of("", place=100.0)} == {2}
+    assert results.groups("", "test")[0].comparable and {len(cell.results) for cell in results.of("", place=100.0)} == {
+        2
+    }
     _, markdown = report(tmp_path, [*jobs, replace(alone, name="zero_shot,rows=50")])
-    assert "50 rows. One run each, the 1 of 2 that all methods here have" in markdown
+    assert "50 rows. One run each, the 1 of 2 that all here have" in markdown
     runs = {row["method"]: row["runs"] for row in table(markdown, "runs", "parameters")}
     assert runs == {"Full fine-tuning": "1 of 2", "Prefix-Tuning": "1 of 2", "LoRA": "1 of 2", "Zero-shot": "1"}
 
@@ -470,7 +475,10 @@ def test_methods_that_plan_other_repetitions_are_not_ranked(jobs: list[Job], tmp
     other = finished(tmp_path, "zero_shot", 0.1, sample=7)
     results = gather([*jobs, other])
     assert {len(cell.results) for cell in results.of("", "prefix")} == {2}, "they stay as they are"
-    assert [(group.place, group.comparable) for group in results.groups("")] == [("50 rows", False), ("100 rows", True)]
+    assert [(group.place, group.comparable) for group in results.groups("", "test")] == [
+        ("50 rows", False),
+        ("100 rows", True),
+    ]
     assert "50 rows: not ranked" in report(tmp_path, [*jobs, other])[1]
 
 
@@ -709,7 +717,7 @@ def test_places_of_one_method_are_compared_with_one_of_them(tmp_path: Path, leng
     picture(html, f"exact_match: difference to Prefix-Tuning, length {to}")
     rows = table(markdown, "method", "length", "difference")
     assert [row["length"] for row in rows] == [f"length {each}" for each in lengths if str(each) != to]
-    best = [f"length {each}" for each in sorted(lengths, reverse=True)]
+    best = [f"Prefix-Tuning at length {each}" for each in sorted(lengths, reverse=True)]
     found = re.search(r"\* test: best exact_match (.*)\.", markdown)
     assert found and [each.rpartition(" ")[0] for each in found[1].split(", ")] == best
     assert [row["length"] for row in table(markdown, "method", "length", "parameters")] == [
@@ -718,6 +726,41 @@ def test_places_of_one_method_are_compared_with_one_of_them(tmp_path: Path, leng
     longest = gather(jobs).cells[-1].score("test", "exact_match").mean
     reference = next(cell for cell in gather(jobs).cells if cell.place == float(to)).score("test", "exact_match").mean
     assert rows[-1]["difference"] == f"{longest - reference:+.1f}"
+
+
+def test_places_of_one_method_are_over_the_samples_that_all_have(tmp_path: Path) -> None:
+    jobs = [
+        finished(tmp_path, "prefix", 0.5, axis="length", at=length, sample=sample)
+        for length in (1, 10, 40) for sample in (0, 1)
+    ]  # fmt: skip
+    Path(jobs[-1].folder, "result.json").unlink()
+    (group,) = gather(jobs).groups("", "test")
+    assert group.comparable and [set(cell.results) for cell in group.cells] == [{(0, 0)}] * 3
+    _, markdown = report(tmp_path, jobs)
+    assert "* test: best exact_match Prefix-Tuning at length " in markdown and "not to be compared" not in markdown
+    assert "One run each, the 1 of 2 that all here have" in markdown
+
+
+def test_methods_to_come_are_no_method_alone(jobs: list[Job], tmp_path: Path) -> None:
+    for job in jobs:
+        if not job.name.startswith("prefix"):
+            Path(job.folder, "result.json").unlink()
+    _, markdown = report(tmp_path, jobs)
+    assert "50 rows: best exact_match Prefix-Tuning" in markdown and "100 rows: best exact_match" in markdown
+
+
+@pytest.mark.parametrize(("steps", "place"), [((60, 180), "max_steps"), ((0, 60), "")])
+def test_steps_are_a_place_unless_some_train_for_all_epochs(tmp_path: Path, steps: tuple[int, ...], place: str) -> None:
+    jobs = [
+        finished(tmp_path, label, 0.5, axis="max_steps", at=each) for label in ("prefix", "lora") for each in steps
+    ]  # fmt: skip
+    assert gather(jobs).place == place
+    html, markdown = report(tmp_path, jobs)
+    if place:
+        assert picture(html, "exact_match over max_steps").count("<circle") == 2 + 1, "a method has marks of its own"
+        assert "60 steps: best exact_match" in markdown and "milliseconds to write" not in html
+    else:
+        assert "Prefix-Tuning max_steps 0" in markdown
 
 
 def test_one_price_is_no_picture_of_prices(tmp_path: Path) -> None:

@@ -106,6 +106,20 @@ def test_workers_give_what_one_process_gives_and_survive_their_deaths(tmp_path: 
     assert values(harmless) == values([job for job in jobs if job.name not in "bcd"])
 
 
+def test_workers_without_a_run_end_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is killed gives nothing back, and Python says so at the end: leaked semaphores."""
+    workers = LocalWorkers(1, threads=1)
+    workers.submit(*make_jobs(tmp_path, a=""))
+    assert workers.next()[1].status == "done"
+    process = workers._workers[0].process
+    for name in ("terminate", "kill"):
+        monkeypatch.setattr(process, name, lambda: pytest.fail("killed"))
+    ended: list[int | None] = []
+    monkeypatch.setattr(process, "close", lambda: ended.append(process.exitcode))
+    workers.close()
+    assert ended == [0]
+
+
 def test_workers_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foreword.experiments.workers._cores", lambda: 7)
     assert [LocalWorkers(count).threads for count in (1, 2, 3, 9)] == [7, 3, 2, 1]

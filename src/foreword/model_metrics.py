@@ -27,6 +27,7 @@ from foreword.packaged import ensure_packaged, packaged_models
 __all__ = ["BertScore", "Bleurt", "MoverScore", "movers_distance"]
 
 _TEXTS_AT_ONCE = 64
+_RATER = "Elron/bleurt-base-512"
 
 
 class BertScore(Mean):
@@ -101,9 +102,9 @@ class MoverScore(Mean):
 class Bleurt(Mean):
     """BLEURT (Sellam et al. 2020, arXiv:2004.04696, section 3) by a checkpoint, best reference of each row, averaged.
 
-    The checkpoint is an encoder with a trained head of one output, as `Elron/bleurt-base-128` is, of Google's weights.
-    It reads reference and output as a pair, cut where it has no more positions. Scores may be below 0 and above 100.
-    Raises `ModelNotFound`, and `ConfigError` for a model that was not trained to rate.
+    The checkpoint is an encoder with a trained head of one output, as `Elron/bleurt-base-512` is, of Google's weights.
+    It reads reference and output as a pair, cut where its tokenizer says or it has no more positions. Scores may be
+    below 0 and above 100. Raises `ModelNotFound`, and `ConfigError` for a model that was not trained to rate.
     """
 
     maximum = None
@@ -195,15 +196,20 @@ class _Rater:
     """A model that rates a text beside a reference."""
 
     def __init__(self, model: str, device: str | None) -> None:
-        kind = transformers.AutoModelForSequenceClassification
-        self.tokenizer = _load(transformers.AutoTokenizer, model)
-        loaded, found = _load(kind, model, output_loading_info=True)
-        outputs = loaded.config.num_labels
-        if found["missing_keys"] or outputs != 1:  # a head that is missing was drawn at random just now
-            has = "without a trained head" if found["missing_keys"] else f"with {outputs} outputs"
+        with _asked_for(
+            model, "checkpoint of BLEURT", f"a folder or a Hugging Face model id such as {_RATER}"
+        ) as source:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            loaded, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        # A head that is missing, or does not fit, was drawn at random just now.
+        untrained, outputs = found["missing_keys"] or found["mismatched_keys"], loaded.config.num_labels
+        if untrained or outputs != 1:
+            has = "without a trained head" if untrained else f"with {outputs} outputs"
             raise ConfigError(
                 f"bleurt by {model!r}, a model {has}", "a checkpoint of BLEURT with its one output",
-                "name one, such as Elron/bleurt-base-128",
+                f"name one, such as {_RATER}",
             )  # fmt: skip
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = loaded.to(self.device).eval()
@@ -227,19 +233,20 @@ def _max_tokens(tokenizer: Any, config: Any) -> int:
     return min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", None) or 10**9)
 
 
-def _load(kind: Any, model: str, **options: Any) -> Any:
+def _load(kind: Any, model: str) -> Any:
     with _asked_for(model) as source:
-        return kind.from_pretrained(source, **options)
+        return kind.from_pretrained(source)
 
 
 @contextmanager
-def _asked_for(model: str) -> Iterator[str]:
+def _asked_for(
+    model: str, what: str = "encoder", where: str = "minilm, a folder or a Hugging Face model id"
+) -> Iterator[str]:
     """Where a model is loaded from; what cannot be loaded there is a `ModelNotFound`."""
     try:
         yield str(ensure_packaged(model)) if model in packaged_models() else model
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelNotFound(
-            f"no encoder {model!r} for a metric ({reason})", "minilm, a folder or a Hugging Face model id",
-            "check the name after the colon",
-        ) from None  # fmt: skip
+            f"no {what} {model!r} for a metric ({reason})", where, "check the name after the colon"
+        ) from None

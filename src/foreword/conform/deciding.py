@@ -198,8 +198,9 @@ def _recomputing(model: Any, reentrant: bool) -> Iterator[None]:
 
 def _requiring(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
     """A checkpointed layer; reentrant checkpointing asks for one input with a gradient, and a frozen base has none."""
-    first = [each if each.requires_grad else each.detach().requires_grad_() for each in args[:1]]  # hidden states
-    return checkpoint(layer, *first, *args[1:])
+    if args and torch.is_tensor(args[0]) and not args[0].requires_grad:  # the hidden states
+        args = (args[0].detach().requires_grad_(), *args[1:])
+    return checkpoint(layer, *args)
 
 
 def _gradients(subject: Subject, sites: Sites, inputs: Inputs, weight: Tensor) -> dict[Any, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from foreword.experiments.results import Cell, Results, Spread
 __all__ = ["compared_with", "costs", "differences", "over_parameters", "scores", "seen_and_unseen", "trade"]
 
 _HOLLOW = "Hollow marks: not over all planned runs."
-_TRAINING = ("rows", "rows_per_label", "fraction", "max_steps")  # places that change no size of what is trained
+_SIZES = ("length", "share", "rank")  # places that are a size of what is trained
 _LEVEL = 0.05
 _SMALL, _LARGE = 0.7, 1.4  # the marks of the first and the last place
 
@@ -34,7 +34,7 @@ def scores(results: Results, panel: str, test: str, metric: str) -> Iterator[Fig
 
 def costs(results: Results, panel: str) -> Iterator[Figure]:
     """What writing costs over the place, where this is a size of what was trained."""
-    if len(results.places(panel)) > 1 and results.place not in _TRAINING:
+    if len(results.places(panel)) > 1 and results.place in _SIZES:
         cells = [cell for cell in results.of(panel) if cell.inference_ms]
         yield from _over_places(
             results, cells, "ms a row", lambda cell: cell.inference_ms, "milliseconds to write a row"

@@ -95,7 +95,7 @@ def _summary(results: Results, done: int) -> list[str]:
     for panel in results.panels:
         for test in results.tests(panel):
             metric = results.metrics(panel, test)[0]
-            for group in results.groups(panel):
+            for group in results.groups(panel, test):
                 told = ", ".join(_ranked(group, test, metric)[:3])
                 where = "; ".join(filter(None, (panel, "" if test == "test" else test, group.place))) or test
                 if group.comparable:
@@ -112,8 +112,11 @@ def _summary(results: Results, done: int) -> list[str]:
 
 
 def _ranked(group: Group, test: str, metric: str) -> list[str]:
-    """Methods, or the places of the only one, with their mean scores, the best first."""
-    names = group.places or [cell.title for cell in group.cells]
+    """Methods, and the places of the only one, with their mean scores, the best first."""
+    titles = [cell.title for cell in group.cells]
+    names = (
+        [f"{title} at {place}" for title, place in zip(titles, group.places, strict=True)] if group.places else titles
+    )
     pairs = zip(names, group.cells, strict=True)
     scores = [(name, score) for name, cell in pairs if (score := cell.score(test, metric)) is not None]
     scores.sort(key=lambda each: each[1].mean, reverse=rises(metric))
@@ -126,12 +129,10 @@ def _panel(results: Results, panel: str, tested: Mapping[tuple[str, str, str], l
         yield Heading(f"Scores{f', {title}' if title else ''}")
         metrics = results.metrics(panel, test)
         yield from scores(results, panel, test, metrics[0])
-        for group in results.groups(panel):
-            cells = [cell for cell in group.cells if any(cell.score(test, each) for each in metrics)]
-            if cells:
-                told = f"{_repeated(cells, group.comparable)}. {_rows(cells, test)}".strip()
-                yield Text(f"{group.place}. {told}" if group.place else told)
-                yield _table(results, cells, test, metrics, of_places=bool(group.places))
+        for group in results.groups(panel, test):
+            told = f"{_repeated(group)}. {_rows(group.cells, test)}".strip()
+            yield Text(f"{group.place}. {told}" if group.place else told)
+            yield _table(results, group, test, metrics)
         yield from _notes(results.of(panel), test, metrics)
         found = [each for metric in metrics if (each := tested.get((panel, test, metric)))]
         for each in found:
@@ -174,10 +175,11 @@ def _counts(numbers: Collection[int]) -> str:
     return " to ".join(map(str, dict.fromkeys((min(numbers), max(numbers))))) if numbers else ""
 
 
-def _table(results: Results, cells: Sequence[Cell], test: str, metrics: Sequence[str], of_places: bool) -> Table:
-    """Cells with their scores, what was published beside them, sizes and times."""
+def _table(results: Results, group: Group, test: str, metrics: Sequence[str]) -> Table:
+    """The cells of a group with their scores, what was published beside them, sizes and times."""
+    cells = group.cells
     columns: dict[str, Callable[[Cell], Value]] = {"method": lambda cell: cell.title}
-    if of_places:
+    if group.places:
         columns[results.place] = lambda cell: results.at(cell.place)
     if not all(cell.whole and len(cell.results) == len(cells[0].results) for cell in cells):  # else it is said above
         columns["runs"] = _runs
@@ -434,16 +436,17 @@ def _circumstances(results: Results) -> list[str]:
     return [*lines, *known["versions"], *known["code"]]
 
 
-def _repeated(cells: Sequence[Cell], comparable: bool) -> str:
+def _repeated(group: Group) -> str:
     """What a figure of these cells is over."""
+    cells = group.cells
     counts = sorted({len(cell.results) for cell in cells})
     told = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    if not comparable:
+    if not group.comparable:
         return f"Means and ranges over {told} runs of different samples and seeds: not to be compared"
     common = (
         ""
         if all(cell.whole for cell in cells)
-        else (f" the {told} of {max(len(cell.planned) for cell in cells)} that all methods here have,")
+        else (f" the {told} of {max(len(cell.planned) for cell in cells)} that all here have,")
     )
     if counts[-1] == 1:
         return f"One run each,{common} with its 95 % bootstrap interval over test rows"

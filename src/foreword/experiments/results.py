@@ -29,7 +29,7 @@ REPEATED = ("sample", "seed")  # what differs between repetitions of one cell
 _OWN = ("method", "instruction", "tuning", "dev_limit")  # keys of the protocol that make another variant of a method
 # What a study is over: the first of these that differs.
 _PLACES = ("rows", "fraction", "rows_per_label", "length", "share", "rank", "max_steps")
-_COUNTED = {"rows": "rows", "max_steps": "steps"}
+_COUNTED = {"rows": "rows", "max_steps": "steps"}  # in words; 0 of them stands for all
 
 
 class Spread(NamedTuple):
@@ -133,6 +133,10 @@ class Cell:
         """What the runs say of how many rows there are of a test, such as `skipped_test_rows`."""
         return {int(n) for each in self.results.values() if _is_number(n := _found(each, name, test))}
 
+    def has(self, test: str) -> bool:
+        """Whether there are scores of a test."""
+        return any(_found(each, "scores", test) for each in self.results.values())
+
     @property
     def has_texts(self) -> bool:
         """Whether what was written is kept; a function of one's own may keep none."""
@@ -168,13 +172,15 @@ class Group(NamedTuple):
 class Results:
     """The cells of a study, and the jobs without a result; `place` names what cells are drawn over, "" for nothing.
 
-    Cells at one place of a panel are over the same samples and seeds: those that all of them have.
+    The cells of a group are over the same samples and seeds: those that all of them have. `alone` are the panels of one
+    method, whose places are a group.
     """
 
     cells: tuple[Cell, ...]
     missing: tuple[Job, ...]
     jobs: tuple[Job, ...]
     place: str
+    alone: frozenset[str] = frozenset()
 
     @cached_property
     def panels(self) -> list[str]:
@@ -206,13 +212,16 @@ class Results:
             return f"{100 * place:g} % of the rows"
         return f"{place:g} {_COUNTED[self.place]}" if self.place in _COUNTED else f"{self.place} {place:g}"
 
-    def groups(self, panel: str) -> list[Group]:
-        """The cells of a panel as they share tables: by place or, where there is but one method, all of them."""
-        by_place = {place: [cell for cell in self.of(panel) if cell.place == place] for place in self.places(panel)}
-        cells = [cell for each in by_place.values() for cell in each]
-        if len(by_place) > 1 and len({cell.label for cell in cells}) == 1:
-            return [Group("", cells, [self.at(cell.place) for cell in cells])]
-        return [Group(self.at(place), each, []) for place, each in by_place.items()]
+    def groups(self, panel: str, test: str) -> list[Group]:
+        """The cells with scores of a test, as they share tables: by place or, where there is but one method, all."""
+        places = self.places(panel)
+        scored = {
+            place: [cell for cell in self.of(panel) if cell.place == place and cell.has(test)] for place in places
+        }
+        if panel not in self.alone:
+            return [Group(self.at(place), cells, []) for place, cells in scored.items() if cells]
+        cells = [cell for each in scored.values() for cell in each]
+        return [Group("", cells, [self.at(cell.place) for cell in cells])] if cells else []
 
     def tests(self, panel: str) -> list[str]:
         """The tests of a panel, in order."""
@@ -234,6 +243,7 @@ def gather(jobs: Iterable[Job]) -> Results:
     axes = {job.name: [part.partition("=")[0] for part in job.name.split(",")[1:]] for job in jobs}
     differing = dict.fromkeys(key for keys in axes.values() for key in keys if key not in REPEATED)
     numeric = [key for key in differing if all(_is_number(job.config.get(key)) for job in jobs)]
+    numeric = [key for key in numeric if key not in _COUNTED or all(job.config[key] for job in jobs)]
     own = [key for key in numeric if not _is_of_panel(key)]
     place = next((key for key in (*_PLACES, *own) if key in numeric), "")
     panels = sorted((key for key in differing if _is_of_panel(key) and key != place), key=lambda key: key != "task")
@@ -252,7 +262,9 @@ def gather(jobs: Iterable[Job]) -> Results:
     ]  # fmt: skip
     _check_weights(jobs, found)
     missing = tuple(job for job in jobs if job.name not in found)
-    return Results(tuple(_over_the_same(cells)), missing, jobs, place)
+    methods = Counter(panel for panel, _ in {(panel, label) for panel, label, _ in groups})
+    alone = frozenset(panel for panel, count in methods.items() if count == 1 and place)
+    return Results(tuple(_over_the_same(cells, alone)), missing, jobs, place, alone)
 
 
 def _is_of_panel(key: str) -> bool:
@@ -330,15 +342,16 @@ def _cell(
     )  # fmt: skip
 
 
-def _over_the_same(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells at each place of a panel over the repetitions that all of them have, planned for all or not.
+def _over_the_same(cells: Sequence[Cell], alone: Collection[str]) -> list[Cell]:
+    """The cells of each group over the repetitions that all of them have, planned for all or not.
 
     Where they have none in common, they stay as they are and are not `comparable`.
     """
+    keys = [(cell.panel, None if cell.panel in alone else cell.place) for cell in cells]
     groups: dict[tuple[str, float | None], set[Repetition]] = {}
-    for cell in cells:
-        groups.setdefault((cell.panel, cell.place), set(cell.results)).intersection_update(cell.results)
-    return [_only(cell, common) if (common := groups[cell.panel, cell.place]) else cell for cell in cells]
+    for key, cell in zip(keys, cells, strict=True):
+        groups.setdefault(key, set(cell.results)).intersection_update(cell.results)
+    return [_only(cell, groups[key]) if groups[key] else cell for key, cell in zip(keys, cells, strict=True)]
 
 
 def _only(cell: Cell, repetitions: Collection[Repetition]) -> Cell:

@@ -79,7 +79,10 @@ class LocalWorkers(Backend):
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.process.terminate()
+            if worker.job is None:
+                worker.pipe.close()  # it ends by itself, and gives back what it holds
+            else:
+                worker.process.terminate()
         for worker in list(self._workers):
             worker.process.join(_STOP_SECONDS)
             self._remove(worker)

@@ -197,7 +197,7 @@ def check_metrics(names: Iterable[str], task: Task, *, ready: bool = True) -> tu
     """
     chosen = metric_names(names)
     for name in chosen:
-        if _MADE[task.kind] not in get_metric(name).suits:
+        if _MADE[task.kind] not in _suits(name):
             raise ConfigError(
                 f"metric {name!r} for task {task.name!r}", f"a metric of {_MADE[task.kind]}s", "choose another"
             )
@@ -205,6 +205,11 @@ def check_metrics(names: Iterable[str], task: Task, *, ready: bool = True) -> tu
         for name in chosen:
             get_metric(name).ready()
     return chosen
+
+
+def _suits(name: str) -> tuple[str, ...]:
+    """What a metric scores; those that need a model, which is not loaded for it, score texts."""
+    return _METRICS[name].suits if name in _METRICS else Metric.suits
 
 
 def _known(name: str) -> None:
