@@ -89,6 +89,21 @@ def test_many_names_make_a_higher_picture() -> None:
     assert height > max(float(each.get("y", 0)) for each in drawn(html).iter("text"))
 
 
+def test_long_names_make_a_wider_picture() -> None:
+    name = "Full fine-tuning max_steps 180, learning_rate 0.0001"
+    for draw in (
+        lambda series: chart("t", series, x_label="x", y_label="y"),
+        lambda series: side_by_side("t", [View(series, "x")], y_label="y"),
+    ):
+        widths = []
+        for series in ([Series("a", [Point(1, 2.0)])], [Series(name, [Point(1, 2.0)])]):
+            html = draw(series)
+            widths.append(float(re.search(r'viewBox="0 0 (\S+) ', html).group(1)))  # type: ignore[union-attr]
+            (x,) = re.findall(rf'<text x="(\S+)"[^>]*>{series[0].name}<', html)
+            assert float(x) + 6 * len(series[0].name) < widths[-1]
+        assert widths[0] < widths[1]
+
+
 def test_names_are_text_and_points_say_what_they_are() -> None:
     html = chart("<b>", [Series("a & b", [Point(1, 2, 1, 3, "two <of> them")])], x_label="x", y_label="y")
     assert "<b>" not in html and "two &lt;of&gt; them" in html and "a &amp; b" in html

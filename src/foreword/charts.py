@@ -93,7 +93,7 @@ def chart(
         shift = _DODGE * (place - (len(series) - 1) / 2)
         parts.append(_drawn(each, place, lambda x, shift=shift: across(x) + shift, upwards))  # type: ignore[misc]
         parts.append(_named(each.name, place))
-    return _figure(title, series, parts, height)
+    return _figure(title, series, parts, height, [each.name for each in series])
 
 
 def side_by_side(title: str, views: Sequence[View], *, y_label: str, higher_is_better: bool = True) -> str:
@@ -119,7 +119,7 @@ def side_by_side(title: str, views: Sequence[View], *, y_label: str, higher_is_b
         parts += [_grid(area, upwards, labelled=area is areas[0]), _ground(area, across, view.x_label, {})]
         parts.append(_front([p for each in view.series for p in each.points], across, upwards, higher_is_better))
         parts += [_drawn(each, names.index(each.name), across, upwards, thin=True) for each in view.series]
-    return _figure(title, series, parts, height)
+    return _figure(title, series, parts, height, names)
 
 
 def dots(title: str, named: Mapping[str, Point], *, x_label: str, reference: float | None = None) -> str:
@@ -157,10 +157,15 @@ def _height(names: int) -> float:
     return max(_HEIGHT, _TOP + _LINE * names + _BOTTOM)
 
 
-def _figure(title: str, series: Sequence[Series], parts: Sequence[str], height: float) -> str:
+def _figure(
+    title: str, series: Sequence[Series], parts: Sequence[str], height: float, legend: Sequence[str] = ()
+) -> str:
+    """The picture, wider where a name of the legend needs it."""
+    width = max(_WIDTH, _WIDTH - _RIGHT + 38 + _LETTER * max(map(len, legend), default=0))
     said = "; ".join(f"{each.name}: {', '.join(_number(point.y) for point in each.points)}" for each in series)
     return (
-        f'<figure><figcaption>{escaped(title)}</figcaption><svg class="chart" viewBox="0 0 {_WIDTH:g} {height:g}" '
+        f"<figure><figcaption>{escaped(title)}</figcaption>"
+        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px" '
         f'role="img" aria-label="{escaped(f"{title}. {said}")}">{"".join(parts)}</svg></figure>'
     )
 
