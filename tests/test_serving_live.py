@@ -22,6 +22,11 @@ from foreword.store import PrefixStore
 from serving import prefixes_for
 from tiny import tiny_base
 
+# The collector may meet a response stream of the client, in one process with the server, in a thread of the latter.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <async_generator object AsyncResponseStream:pytest.PytestUnraisableExceptionWarning"
+)
+
 COUNT = 64
 WORDS = ("the", "foreword", "comes", "before", "text", "changes", "how", "it", "is", "read", "river", "food", "area")
 
