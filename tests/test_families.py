@@ -120,10 +120,9 @@ def test_every_call_of_the_attention_interface_is_one_site(name: str):
 
     AttentionInterface.register("test_probe", probe)
     AttentionMaskInterface.register("test_probe", eager_mask)
-    for config in {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }.values():
-        config._attn_implementation_internal = "test_probe"  # by its name, not every transformers lets T5 choose
+    for module in model.modules():
+        if hasattr(module, "config"):  # not every transformers lets T5 choose by `set_attn_implementation`
+            module.config._attn_implementation_internal = "test_probe"
     with torch.no_grad():
         model(**tiny_inputs(name))
     sites = list(find_sites(model, family_of(model.config)))
